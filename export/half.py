@@ -93,7 +93,7 @@ def _recorded_peaks(network: Network, peaks: dict[str, float]) -> Iterator[None]
             if isinstance(output, Tensor):
                 record(name, output)
             if isinstance(module, Attention):
-                q, k, _ = module.heads(*inputs)
+                q, k, _ = module.heads(*inputs[:2])
                 record(f"{name} (scores)", q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
 
         return hook

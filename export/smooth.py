@@ -6,9 +6,10 @@ other weights:
 
 - The input of `qkv` and `fc1` is `LN(h)·(1 + scale) + shift`, without an affine of LN's own. Shift and
   1 + scale absorb s: their rows of the adaLN linear.
-- The input of `proj` is a mix of the values V. V's rows of `qkv` absorb s.
+- The input of `proj` is a mix of the values V over tokens. V's rows of `qkv` absorb s.
 - The input of `fc2` comes from GELU, which is not linear: it cannot be smoothed. Nor can `qkv` and `fc1` of a
-  block without a modulation of its own that acts on all tokens alike.
+  block without a modulation of its own that acts on all tokens alike, or `proj` where attention mixes
+  channels.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def smooth(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
     for k, module in enumerate(result.blocks):
         block = cast(Block, module)
         qkv, proj = block.attn.qkv, block.attn.proj
-        factor = _factors(peaks[f"blocks.{k}.attn.proj"], proj.weight, alpha)
-        proj.weight *= factor
-        qkv.weight[2 * d :] /= factor[:, None]
-        qkv.bias[2 * d :] /= factor
+        if block.attn.over_tokens:
+            factor = _factors(peaks[f"blocks.{k}.attn.proj"], proj.weight, alpha)
+            proj.weight *= factor
+            qkv.weight[2 * d :] /= factor[:, None]
+            qkv.bias[2 * d :] /= factor
         count = MODULATIONS[block.kind]
         if not count or dit.config.shared_modulation or dit.config.condition_gate:
             continue

@@ -167,6 +167,8 @@ def check_pipeline(network: nn.Module, stages: int) -> None:
         raise ValueError(
             f"parallel.pipeline {stages} is more than the {network.config.depth} blocks: lower it"
         )
+    if any(network.config.level_plan):
+        raise ValueError("parallel.pipeline is for blocks of one level: leave it at 1, or levels out")
     if network.config.experts:
         raise ValueError("parallel.pipeline does not balance experts: leave it at 1, or experts at 0")
 

@@ -53,22 +53,33 @@ def parallelize_blocks(network: nn.Module, mesh: DeviceMesh) -> Mapping[str, Spl
     Raises:
         ValueError: the network is no DiT, or its heads or channels are not divisible by the processes.
     """
-    size = mesh.size()
-    if not isinstance(network, DiT):
-        raise ValueError(f"parallel.tensor {size} is for a DiT, not for a U-Net: leave it at 1")
-    if network.config.experts:
-        raise ValueError(f"parallel.tensor {size} does not divide experts: leave it at 1, or experts at 0")
-    heads, channels = network.config.num_heads, _mlp_channels(network)
-    for count, what in ((heads, "num_heads"), (channels, "the MLP's width")):
-        if count % size:
-            raise ValueError(f"parallel.tensor {size} does not divide {what} {count}: change one of them")
     splits: dict[str, Split] = {}
-    for index, block in enumerate(network.blocks):
+    for index, block in enumerate(check_divisible(network, mesh.size()).blocks):
         plan = _plan(block)
         parallelize_module(block, mesh, plan)
         for name, style in plan.items():
             splits |= {f"blocks.{index}.{name}.{leaf}": split for leaf, split in _splits(style).items()}
     return splits
+
+
+def check_divisible(network: nn.Module, size: int) -> DiT:
+    """Return the network, whose heads and channels can be divided among `size` processes.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not isinstance(network, DiT):
+        raise ValueError(f"parallel.tensor {size} is for a DiT, not for a U-Net: leave it at 1")
+    config = network.config
+    whole = [f"attention {kind.name}" for kind in config.attention_plan if not kind.heads_are_alike]
+    whole += ["conv_mlp"] if config.conv_mlp else []
+    whole += ["experts"] if config.experts else []
+    if whole:
+        raise ValueError(f"parallel.tensor {size} cannot divide {whole[0]}: leave it at 1")
+    for count, what in ((config.num_heads, "num_heads"), (_mlp_channels(network), "the MLP's width")):
+        if count % size:
+            raise ValueError(f"parallel.tensor {size} does not divide {what} {count}: change one of them")
+    return network
 
 
 def _plan(block: nn.Module) -> dict[str, ParallelStyle]:

@@ -18,7 +18,7 @@ from ditserve.model.nets.layers import Attention
 def observed_attention(
     network: nn.Module, observe: Callable[[int, Tensor], None], *, rows: int | None = None
 ) -> Iterator[None]:
-    """Call `observe` at each forward pass inside, for every layer that attends.
+    """Call `observe` at each forward pass inside, for every layer whose tokens attend.
 
     It is given the number of the layer, shallow to deep, and the weights (N, H, T, T) fp32 of the first
     `rows` samples.
@@ -31,7 +31,7 @@ def observed_attention(
 
         return look
 
-    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    layers = [module for module in network.modules() if isinstance(module, Attention) and module.over_tokens]
     hooks = [layer.register_forward_pre_hook(hook(number)) for number, layer in enumerate(layers)]
     try:
         yield

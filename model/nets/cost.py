@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.layers import Attention, CrossAttention
 from ditserve.model.spec.network_kinds import NetworkConfig
 
+# The names of the modules that attend, and the operations of the linear layers in them.
+ATTENTION = frozenset({"attn", "cross", "attention"})
+LINEAR = frozenset({"aten.mm", "aten.addmm"})
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
 
 
@@ -31,9 +35,10 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, te
 class Cost:
     """The cost of one row of a forward pass; bytes are those of fp32 activations.
 
-    `attention_macs` are the products of queries, keys and values, and `convolution_macs` those of
-    convolutions, the patch embedding included. `active_parameters` are those that act on one token, of its
-    experts `top_k`. `tokens` is the longest sequence that attends; 0: none does.
+    `attention_macs` are the products of queries, keys and values that the kind of attention forms, and
+    `convolution_macs` those of convolutions, the patch embedding included. `active_parameters` are those that
+    act on one token, of its experts `top_k`. `tokens` is the longest sequence that enters an attention; 0:
+    there is none.
     """
 
     parameters: int
@@ -142,8 +147,8 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
     with torch.device("meta"):
         network = make_network(config)
         inputs = _example(config, size or config.image_size)
-        sequences, remove = _record_sequences(network)
-        conditioner, backbone, convolution = _macs_by_part(network, inputs)
+        tokens, remove = _record_tokens(network)
+        conditioner, backbone, attention, convolution = _macs_by_part(network, inputs)
         remove()
         given = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
         with _LiveBytes(given) as live, torch.no_grad():
@@ -154,10 +159,10 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
     return Cost(
         parameters=parameters,
         active_parameters=parameters - sum(map(_idle_parameters, network.modules())),
-        tokens=max((queries for queries, _, _ in sequences), default=0),
+        tokens=max(tokens, default=0),
         conditioner_macs=conditioner,
         backbone_macs=backbone,
-        attention_macs=sum(2 * queries * keys * width for queries, keys, width in sequences),
+        attention_macs=attention,
         convolution_macs=convolution,
         inference_bytes=live.peak,
         training_bytes=training,
@@ -174,35 +179,40 @@ def _idle_parameters(module: nn.Module) -> int:
 
 def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
     """Return the multiply-adds of the conditioner and the backbone for `inputs`, also on the meta device."""
-    conditioner, backbone, _ = _macs_by_part(network, inputs)
+    conditioner, backbone, *_ = _macs_by_part(network, inputs)
     return conditioner, backbone
 
 
-def _macs_by_part(network: Network, inputs: Inputs) -> tuple[int, int, int]:
-    """Return the multiply-adds of the conditioner, of the backbone, and of the convolutions in both."""
+def _macs_by_part(network: Network, inputs: Inputs) -> tuple[int, int, int, int]:
+    """Return the multiply-adds of conditioner, backbone, and in both those of attention and convolutions."""
     x, t, labels, text = inputs
     with FlopCounterMode(display=False) as conditioner, torch.no_grad():
         state = network.modulate(t, network.embed(labels, text))
     with FlopCounterMode(display=False) as backbone, torch.no_grad():
         network.backbone(x, state)
-    convolution = sum(
-        flops
-        for counter in (conditioner, backbone)
-        for operation, flops in counter.get_flop_counts()["Global"].items()
-        if "convolution" in str(operation)
+    attention = convolution = 0
+    for counter in (conditioner, backbone):
+        for module, operations in counter.get_flop_counts().items():
+            for operation, flops in operations.items():
+                if module == "Global" and "convolution" in str(operation):
+                    convolution += flops
+                # Linear layers are products of two matrices; those of attention have a batch of heads.
+                if module.rpartition(".")[2] in ATTENTION and str(operation) not in LINEAR:
+                    attention += flops
+    return (
+        conditioner.get_total_flops() // 2,
+        backbone.get_total_flops() // 2,
+        attention // 2,
+        convolution // 2,
     )
-    return conditioner.get_total_flops() // 2, backbone.get_total_flops() // 2, convolution // 2
 
 
-def _record_sequences(network: Network) -> tuple[list[tuple[int, int, int]], Callable[[], None]]:
-    """Record (queries, keys, width) of every attention from now on. Return the list, and a way to end it."""
-    sequences: list[tuple[int, int, int]] = []
+def _record_tokens(network: Network) -> tuple[list[int], Callable[[], None]]:
+    """Record the tokens that enter every attention from now on. Return the list, and a way to end it."""
+    tokens: list[int] = []
 
     def record(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        # Cross-attention is given its keys' tokens as the second argument.
-        keys = arguments[1] if isinstance(module, CrossAttention) else arguments[0]
-        layer = cast(Attention | CrossAttention, module)
-        sequences.append((arguments[0].shape[1], keys.shape[1], layer.num_heads * layer.head_size))
+        tokens.append(arguments[0].shape[1])
 
     layers = [layer for layer in network.modules() if isinstance(layer, Attention | CrossAttention)]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
@@ -211,7 +221,7 @@ def _record_sequences(network: Network) -> tuple[list[tuple[int, int, int]], Cal
         for hook in hooks:
             hook.remove()
 
-    return sequences, remove
+    return tokens, remove
 
 
 def _example(config: NetworkConfig, size: tuple[int, int]) -> Inputs:

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditserve.model.nets.attention_kinds import ConvMlp, make_attention
 from ditserve.model.nets.conditioner import ConditionEmbedder, LayoutPath
 from ditserve.model.nets.experts import ExpertMlp
+from ditserve.model.nets.hierarchy import TokenLevels, TokenSplit
 from ditserve.model.nets.layers import (
-    Attention,
     CrossAttention,
+    Grid,
     Mlp,
     PatchEmbed,
     QkNorm,
@@ -42,6 +45,8 @@ from ditserve.model.nets.layers import (
     unpatchify,
 )
 from ditserve.model.nets.modulation import ConditionGate, ModulationTable
+from ditserve.model.nets.token_merging import TokenMerging, squares_apart, squares_together
+from ditserve.model.spec.attention_kinds import AttentionKind
 from ditserve.model.spec.dit_config import MODULATIONS, BlockKind, DiTConfig
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -54,16 +59,15 @@ NamedState = Mapping[str, Tensor]
 class Block(nn.Module):
     """One transformer block. Its kind (`BlockKind`) says how the condition enters it."""
 
-    def __init__(self, config: DiTConfig, kind: BlockKind) -> None:
+    def __init__(self, config: DiTConfig, kind: BlockKind, attention: AttentionKind) -> None:
         super().__init__()
-        self.kind, self.mlp_norm_eps = kind, config.mlp_norm_eps
+        self.kind, self.mlp_norm_eps, self.merge_tokens = kind, config.mlp_norm_eps, config.merge_tokens
         self.norm = rms_norm if config.rms_norm else layer_norm
         d, width = config.hidden_size, config.heads_width
         qk_norm: QkNorm | None = ("rms" if config.rms_norm else "layer") if config.qk_norm else None
-        self.attn = Attention(d, config.num_heads, width=width, qk_norm=qk_norm)
-        self.mlp: nn.Module = (
-            ExpertMlp(config) if config.experts else (SwiGlu if config.swiglu else Mlp)(d, config.mlp_size)
-        )
+        self.attn = make_attention(config, attention, qk_norm)
+        mlp = ConvMlp if config.conv_mlp else SwiGlu if config.swiglu else Mlp
+        self.mlp: nn.Module = ExpertMlp(config) if config.experts else mlp(d, config.mlp_size)
         if kind == "cross_attention" or config.text_tokens:
             cross_norm = qk_norm if config.text_tokens else None
             self.cross = CrossAttention(d, config.num_heads, width=width, qk_norm=cross_norm)
@@ -76,31 +80,48 @@ class Block(nn.Module):
         self.condition_gate = ConditionGate(d) if config.condition_gate else None
 
     def forward(
-        self, h: Tensor, state: Tensor | None, rotary: Rotary = None, text: Text | None = None
+        self,
+        h: Tensor,
+        state: Tensor | None,
+        rotary: Rotary = None,
+        text: Text | None = None,
+        grid: Grid = (0, 0),
     ) -> Tensor:
-        """Return the block's output: (N, T, D) → (N, T, D).
+        """Return the block's output: (N, T, D) → (N, T, D), of tokens in a grid of (rows, columns).
 
         `state` is the modulation (N, 6, D) of adaLN-Zero or (N, 4, D) of adaLN, or the condition tokens
         (N, 2, D) for cross-attention. An in-context block has None: its condition tokens are part of `h`.
         A block of adaLN-Zero attends to `text`, if there is one, between its two halves. A gate's part of the
         condition is the last vector of a modulation.
         """
+        merging = TokenMerging(h, self.merge_tokens) if self.merge_tokens else None
+        attn, mlp = partial(self._attn, merging, rotary, grid), partial(self._mlp, merging, grid)
         if self.kind == "adaln_zero":
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(h, state)
-            h = h + gate_a * self.attn(shift_and_scale(self.norm(h), shift_a, scale_a), rotary)
+            h = h + gate_a * attn(shift_and_scale(self.norm(h), shift_a, scale_a))
             if text is not None:
                 h = h + self.cross(self.norm(h), *text)
-            h = h + gate_m * self.mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
+            h = h + gate_m * mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
         if self.kind == "adaln":
             shift_a, scale_a, shift_m, scale_m = self._modulation(h, state)
-            h = h + self.attn(shift_and_scale(self.norm(h), shift_a, scale_a), rotary)
-            h = h + self.mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
+            h = h + attn(shift_and_scale(self.norm(h), shift_a, scale_a))
+            h = h + mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
-        h = h + self.attn(self.norm(h), rotary)
+        h = h + attn(self.norm(h))
         if self.kind == "cross_attention":
             h = h + self.cross(self.norm(h), cast(Tensor, state))
-        return cast(Tensor, h + self.mlp(self.norm(h, self.mlp_norm_eps)))
+        return h + mlp(self.norm(h, self.mlp_norm_eps))
+
+    def _attn(self, merging: TokenMerging | None, rotary: Rotary, grid: Grid, h: Tensor) -> Tensor:
+        if merging is not None:
+            return merging.spread(self.attn(merging.merge(h)))
+        return cast(Tensor, self.attn(h, rotary, grid))
+
+    def _mlp(self, merging: TokenMerging | None, grid: Grid, h: Tensor) -> Tensor:
+        if merging is not None:
+            return merging.spread(self.mlp(merging.merge(h)))
+        return cast(Tensor, self.mlp(h, grid) if isinstance(self.mlp, ConvMlp) else self.mlp(h))
 
     def _modulation(self, h: Tensor, state: Tensor | None) -> list[Tensor]:
         """Return the vectors of the modulation, each (N, 1, D), or (N, T, D) where a gate acts on tokens."""
@@ -165,6 +186,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config, self.symbolic_positions = config, False
         self.state_names = tuple(name for name, _ in config.state())
+        self.level_plan, self.token_multiple = config.level_plan, config.token_multiple
         d = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, d)
         self.t_embedder = TimestepEmbedder(d, shift=config.frequency_shift)
@@ -180,7 +202,8 @@ class DiT(nn.Module):
         self.layout = LayoutPath(config.tokens, config.layout_rank, d) if config.layout_rank else None
         vectors = config.modulation_vectors(config.plan[0]) if config.shared_modulation else 0
         self.shared_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, vectors * d)) if vectors else None
-        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.plan)
+        self.blocks = nn.ModuleList(map(Block, [config] * config.depth, config.plan, config.attention_plan))
+        self.levels = TokenLevels(d, config.level_plan) if any(config.level_plan) else None
         self.final_layer = FinalLayer(config)
         self.head = ConvHead(config.in_channels, config.head_channels) if config.head_channels else None
         self.pos_embed: Tensor
@@ -216,7 +239,7 @@ class DiT(nn.Module):
             nn.init.zeros_(cast(Tensor, layer.bias))
 
     def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d]:
-        """Yield the layers that start at zero: modulation, output, layout path, convolutional head, text."""
+        """Yield the layers that start at zero: those of modulation, output, layout, head, text and splits."""
         yield self.final_layer.linear
         owners = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
         maps = [self.shared_modulation] if self.shared_modulation else [b.adaLN_modulation for b in owners]
@@ -230,6 +253,10 @@ class DiT(nn.Module):
             yield self.head.conv2
         if self.config.text_tokens:
             yield from (cast(Block, block).cross.proj for block in self.blocks)
+        if self.levels is not None:
+            yield from (
+                layer.linear for layer in self.levels.changes.values() if isinstance(layer, TokenSplit)
+            )
 
     def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
         """Return the condition embedding (N, E) of labels (N, F) int64, column k in 0..classes[k].
@@ -289,24 +316,30 @@ class DiT(nn.Module):
         h = self.enter(x, named, grid)
         return self.leave(x, self.run_blocks(h, named, grid), named, grid)
 
-    def enter(self, x: Tensor, named: NamedState, grid: tuple[int, int]) -> Tensor:
+    def enter(self, x: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the tokens (N, T, D) of `x`, with condition tokens in front of them if blocks have some."""
         h: Tensor = self.x_embedder(x) + self.positions(*grid).to(x.dtype)  # (N, T, D)
         if self.layout is not None:
             h = h + named["layout"]
-        return torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
+        h = torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
+        return squares_apart(h, grid) if self.config.merge_tokens else h
 
-    def run_blocks(self, h: Tensor, named: NamedState, grid: tuple[int, int]) -> Tensor:
+    def run_blocks(self, h: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the tokens after all blocks, (N, T, D) → (N, T, D)."""
-        rotary = self.rotary(*grid, h)
+        rotary = [self.rotary(*grid, h, level) for level in range(1 + max(self.level_plan))]
         text = self._text(named["text"]) if self.config.text_tokens else None
-        for index, block in enumerate(self.blocks):
-            h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary, text)
-        return h
+        # The tokens of each level above the current one.
+        skips: list[Tensor] = []
+        for index, (block, level) in enumerate(zip(self.blocks, self.level_plan, strict=True)):
+            if self.levels is not None:
+                h, grid = self.levels(h, grid, index, skips)
+            h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary[level], text, grid)
+        return h if self.levels is None else self.levels(h, grid, len(self.blocks), skips)[0]
 
-    def leave(self, x: Tensor, h: Tensor, named: NamedState, grid: tuple[int, int]) -> Tensor:
+    def leave(self, x: Tensor, h: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the output (N, C_out, H, W) of the tokens after the last block."""
         rows, columns = grid
+        h = squares_together(h, grid) if self.config.merge_tokens else h
         h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
         out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
         # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
@@ -350,14 +383,15 @@ class DiT(nn.Module):
             return self.pos_embed
         return self._sincos(rows, columns).to(self.pos_embed.device)
 
-    def rotary(self, rows: int, columns: int, h: Tensor) -> Rotary:
-        """Return the rotary tables for the tokens `h` (N, T, D), or None without RoPE.
+    def rotary(self, rows: int, columns: int, h: Tensor, level: int = 0) -> Rotary:
+        """Return the rotary tables for the tokens `h` (N, T, D) at a level, or None without RoPE.
 
         Condition tokens in front of the image tokens (in-context) are not rotated.
         """
         if not self.config.rope:
             return None
-        cos, sin = rotary_tables(self.config.head_size, rows, columns, self._spacing(rows, columns))
+        spacing, side = self._spacing(rows, columns), 1 << level
+        cos, sin = rotary_tables(self.config.head_size, rows // side, columns // side, spacing)
         front = h.shape[1] - rows * columns
         cos, sin = F.pad(cos, (0, 0, front, 0), value=1.0), F.pad(sin, (0, 0, front, 0))
         return cos.to(h.device), sin.to(h.device)
@@ -378,6 +412,12 @@ class DiT(nn.Module):
         if (rows * patch, columns * patch) != (x.shape[2], x.shape[3]):
             raise ValueError(
                 f"size {x.shape[2]}x{x.shape[3]} is not a multiple of the patch {patch}: resize or crop"
+            )
+        multiple = self.token_multiple
+        if multiple > 1 and (rows % multiple or columns % multiple):
+            raise ValueError(
+                f"size {x.shape[2]}x{x.shape[3]} is not a multiple of {patch * multiple}, which the windows "
+                "or levels of this network need: resize or crop"
             )
         if self.layout is not None and (rows, columns) != self.config.grid_size:
             raise ValueError(

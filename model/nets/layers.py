@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import ClassVar, Literal, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditserve.model.spec.attention_kinds import FULL, AttentionKind
 from ditserve.model.spec.dit_config import SWIGLU_MULTIPLE
 
 # Distance between neighbouring tokens along rows and along columns; tensors where a traced graph computes it.
 Spacing = tuple[float | Tensor, float | Tensor]
+# Rows and columns of tokens.
+Grid = tuple[int, int]
 
 
 def sincos_positions(hidden_size: int, rows: int, columns: int, spacing: Spacing = (1.0, 1.0)) -> Tensor:
@@ -157,6 +160,14 @@ def _head_norm(kind: QkNorm | None, head_size: int) -> nn.Module:
     return RmsNorm(head_size) if kind == "rms" else nn.LayerNorm(head_size, eps=1e-6)
 
 
+class AttentionOptions(TypedDict, total=False):
+    """The options of a self-attention: the width of all heads together, a norm within heads, and its kind."""
+
+    width: int | None
+    qk_norm: QkNorm | None
+    kind: AttentionKind
+
+
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
     """Return the attention of (N, H, T, head) three times, computed with heads `width` wide: (N, H, T, head).
 
@@ -172,25 +183,38 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention, (N, T, D) → (N, T, D), by torch's scaled_dot_product_attention.
 
-    `width` W is the width of all heads together; it is D unless given. A head is computed `computed_width`
-    numbers wide, which is its own size unless that is set.
+    `width` W is the width of all heads together; it is D unless given. `attention_kinds` has the layers of
+    other kinds, which mix values by another rule.
     """
 
+    # Whether tokens attend to tokens.
+    over_tokens: ClassVar[bool] = True
+
     def __init__(
-        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: QkNorm | None = None
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        width: int | None = None,
+        qk_norm: QkNorm | None = None,
+        kind: AttentionKind = FULL,
     ) -> None:
         super().__init__()
         width = width or hidden_size
-        self.num_heads = num_heads
+        self.num_heads, self.kind = num_heads, kind
         self.qkv = nn.Linear(hidden_size, 3 * width)
         self.proj = nn.Linear(width, hidden_size)
         self.head_size = self.computed_width = head = width // num_heads
         self.q_norm, self.k_norm = (_head_norm(qk_norm, head) for _ in range(2))
 
-    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q, k, v = self.heads(h, rotary)
-        out = padded_attention(q, k, v, self.computed_width)  # (N, H, T, W/H)
+    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = (0, 0)) -> Tensor:
+        """Attend within `h`, whose T tokens lie in a grid of rows and columns; only other kinds need it."""
+        out = self.attend(*self.heads(h, rotary), grid)  # (N, H, T, W/H)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """Return the mixes of values (N, H, T, W/H)."""
+        return padded_attention(q, k, v, self.computed_width)
 
     def heads(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (N, H, T, W/H), normalised and rotated as configured."""
@@ -203,10 +227,14 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return q, k, v
 
-    def weights(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def weights(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = (0, 0)) -> Tensor:
         """Return attention probabilities (N, H, T, T) fp32, which the forward pass never forms."""
         q, k, _ = self.heads(h, rotary)
-        return torch.softmax(q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+        return self.probabilities(q.float(), k.float(), grid)
+
+    def probabilities(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
+        """Return the weights (N, H, T, T) by which values are mixed."""
+        return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
 
 
 class CrossAttention(nn.Module):

@@ -2,8 +2,10 @@
 
 The least important ones are removed. Every block loses as many, so an ordinary, smaller network remains: it
 is described, exported and served like any other. Importance is measured on training pictures
-(`model.prune.importance`). Beside the bundle of weights stands recover.json, the configuration of the
-training that makes up for the loss, with the whole model as its teacher; edit it as you like:
+(`model.prune.importance`). With `--tokens`, every block computes a share of the tokens together with others
+that are like them (`model.nets.token_merging`). Beside the bundle of weights stands recover.json, the
+configuration of the training that makes up for the loss, with the whole model as its teacher; edit it as you
+like:
 
     python -m model.train --config BUNDLE/recover.json
 """
@@ -34,10 +36,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--mlp", type=share, default=0.0, help="share of every block's MLP channels to take away (0)"
     )
+    parser.add_argument(
+        "--tokens", type=share, default=0.0, help="share of the tokens to merge into others (0)"
+    )
     parser.add_argument("--pictures", type=positive, default=256, help="to measure importance on (256)")
     parser.add_argument("--seed", type=count, default=0, help="of the pictures' choice and noise (0)")
     options = parser.parse_args(arguments)
-    pruning = PruneOptions(options.heads, options.mlp, options.pictures, options.seed)
+    pruning = PruneOptions(options.heads, options.mlp, options.tokens, options.pictures, options.seed)
     return guarded(
         "model.prune",
         lambda: print(write_pruned_bundle(options.model, options.data, options.out, pruning)),

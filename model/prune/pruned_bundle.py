@@ -28,10 +28,14 @@ RECOVERY_LR = 0.25
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """The shares of heads and MLP channels to remove, and the pictures that importance is measured on."""
+    """The shares of heads and MLP channels to remove, and the pictures that importance is measured on.
+
+    `tokens` is the share of tokens that is merged into others, without weights that are removed.
+    """
 
     heads: float = 0.0
     mlp: float = 0.0
+    tokens: float = 0.0
     pictures: int = 256
     seed: int = 0
 
@@ -49,9 +53,9 @@ def write_pruned_bundle(source: Path, data: Path, out: Path, options: PruneOptio
     with replacement(out, BUNDLE, apart=(source, data)) as scratch:
         model = load_model(source)
         dit = model.dit
-        config = pruned_config(dit, options.heads, options.mlp)
+        config = pruned_config(dit, options.heads, options.mlp, options.tokens)
         if config == dit.config:
-            raise PruneError("nothing is to be taken away: give --heads or --mlp")
+            raise PruneError("nothing is to be taken away: give --heads, --mlp or --tokens")
         dataset = open_data(model, data)
         batches = training_batches(model, dataset, options.pictures, options.seed)
         pruned = prune(dit, importance(dit, noise_of(model), batches), config)
@@ -61,7 +65,8 @@ def write_pruned_bundle(source: Path, data: Path, out: Path, options: PruneOptio
     before, after = (sum(p.numel() for p in network.parameters()) / 1e6 for network in (dit, pruned))
     return (
         f"wrote {out}: {before:.2f} M parameters became {after:.2f} M, {dit.config.num_heads} heads "
-        f"{config.num_heads}, {mlp_channels(dit.config)} MLP channels {mlp_channels(config)}\n"
+        f"{config.num_heads}, {mlp_channels(dit.config)} MLP channels {mlp_channels(config)},\n"
+        f"{config.merge_tokens:.0%} of the tokens are merged into others\n"
         f"{command_line('model.train')} --config {out / RECOVER}    makes up for the loss"
     )
 
@@ -96,7 +101,8 @@ def recovery_fields(
 
 def pruned_manifest(whole: Manifest, config: DiTConfig, out: Path, options: PruneOptions) -> Manifest:
     """Return the manifest of the pruned model, without anything that was measured on the whole one."""
-    pruning = {"of": f"{whole.name} {whole.version}", "heads": options.heads, "mlp": options.mlp}
+    shares = {"heads": options.heads, "mlp": options.mlp, "tokens": options.tokens}
+    pruning = {"of": f"{whole.name} {whole.version}", **shares}
     return whole.model_copy(
         update={
             "name": bundle_name(out),

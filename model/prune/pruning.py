@@ -20,13 +20,20 @@ class PruneError(ModelError):
     """A model that cannot be pruned so; the message is one sentence."""
 
 
-def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
+def pruned_config(dit: DiT, heads: float, mlp: float, tokens: float = 0.0) -> DiTConfig:
     """Return the configuration without the shares `heads` and `mlp`, in 0 … 1, of every block's groups.
 
+    The share `tokens` of the tokens is merged into others.
+
     Raises:
-        PruneError: a share removes everything, or rounds to nothing though it is not 0.
+        PruneError: a share removes everything, or rounds to nothing though it is not 0; or the network's
+            heads or channels are not alike.
     """
     config = dit.config
+    whole = {f"attention {kind.name}" for kind in config.attention_plan if heads and not kind.heads_are_alike}
+    whole |= {"conv_mlp"} if mlp and config.conv_mlp else set()
+    if whole:
+        raise PruneError(f"{whole.pop()} cannot be pruned: its heads or channels are not alike")
     if config.experts:
         raise PruneError("pruning removes channels of one MLP for all tokens, and this model has experts")
     counts = group_counts(dit)
@@ -42,7 +49,10 @@ def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
         }
     if channels != counts["blocks.0.mlp.fc2"]:
         changes["mlp_ratio"] = mlp_ratio(channels, config.hidden_size, swiglu=config.swiglu)
-    return replace(config, **changes)
+    try:
+        return replace(config, **changes, merge_tokens=tokens or config.merge_tokens)
+    except ValueError as error:
+        raise PruneError(f"--tokens {tokens:g}: {error}") from None
 
 
 def _kept(what: str, count: int, share: float, multiple: int) -> int:
@@ -78,7 +88,9 @@ def prune(dit: DiT, importances: Importance, config: DiTConfig) -> DiT:
 def mlp_channels(config: DiTConfig) -> int:
     """Return the number of MLP channels of every block."""
     with torch.device("meta"):
-        return group_counts(DiT(replace(config, depth=1, blocks=config.plan[:1])))["blocks.0.mlp.fc2"]
+        return group_counts(
+            DiT(replace(config, depth=1, blocks=config.plan[:1], attention=config.attention[:1], levels=(0,)))
+        )["blocks.0.mlp.fc2"]
 
 
 def _linear_maps(name: str, dit: DiT) -> Iterator[tuple[str, int, int]]:

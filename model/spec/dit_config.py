@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
+from ditserve.model.spec.attention_kinds import AttentionKind, attention_kind, check_kinds, check_levels
+
 Fusion = Literal["sum", "mlp"]
 BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
@@ -32,6 +34,8 @@ MODULATIONS: dict[BlockKind, int] = {"adaln_zero": 6, "adaln": 4, "cross_attenti
 
 # The width of a SwiGLU is a multiple of it.
 SWIGLU_MULTIPLE = 8
+# The largest share of tokens that can be merged into others: three of four (arXiv:2303.17604, §4).
+MOST_MERGED = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,10 @@ class DiTConfig:
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
         rms_norm         norms by the root mean square, without the mean, those of qk_norm too
         head_channels    the channels handed to a small convolution at the end; 0: none
+        attention        one kind of self-attention for all blocks, or one per block (`attention_kinds`)
+        conv_mlp         MLPs with a gate and a depthwise convolution over the grid of tokens
+        levels           the level of every block: at level k, 2^k × 2^k tokens are merged into one
+        merge_tokens     the share of tokens that every block computes together with a like one
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
         mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
         base_size        the size whose tokens stand at positions 0, 1, 2 …; None: image_size
@@ -87,6 +95,10 @@ class DiTConfig:
     swiglu: bool = False
     layout_rank: int = 0
     head_channels: int = 0
+    attention: tuple[str, ...] = ("full",)
+    conv_mlp: bool = False
+    levels: tuple[int, ...] = (0,)
+    merge_tokens: float = 0.0
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     base_size: tuple[int, int] | None = None
@@ -100,14 +112,18 @@ class DiTConfig:
     def __post_init__(self) -> None:
         blocks: Any = self.blocks
         object.__setattr__(self, "blocks", (blocks,) if isinstance(blocks, str) else tuple(blocks))
+        for field, kind in (("attention", str), ("levels", int)):
+            if isinstance(getattr(self, field), kind):
+                object.__setattr__(self, field, (getattr(self, field),))
         # JSON has lists where these fields are tuples.
-        for field in ("image_size", "classes", "base_size"):
+        for field in ("image_size", "classes", "base_size", "attention", "levels"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         self._check_sizes()
         self._check_blocks()
         self._check_conditions()
         self._check_options()
+        self._check_tokens()
         self._check_experts()
 
     def _check_sizes(self) -> None:
@@ -184,13 +200,72 @@ class DiTConfig:
         check_counts(self, "top_k")
         if self.top_k >= self.experts:
             raise ValueError(f"top_k {self.top_k} must be below experts {self.experts}: lower it")
-        if self.swiglu:
-            raise ValueError("experts are MLPs without a gate: leave out swiglu, or experts")
-        if self.tokens * self.top_k < self.experts:
+        for field in ("swiglu", "conv_mlp"):
+            if getattr(self, field):
+                raise ValueError(f"experts are MLPs without a gate: leave out {field}, or experts")
+        tokens = int(self.tokens * (1 - self.merge_tokens)) >> 2 * max(self.level_plan)
+        if tokens * self.top_k < self.experts:
             raise ValueError(
-                f"experts {self.experts} are more than the {self.tokens} tokens of a picture can share: "
+                f"experts {self.experts} are more than the {tokens} tokens of a picture can share: "
                 "lower experts or patch_size"
             )
+
+    def _check_tokens(self) -> None:
+        for field in ("attention", "levels"):
+            value = getattr(self, field)
+            if not isinstance(value, tuple) or len(value) not in (1, self.depth):
+                raise ValueError(f"{field} must be one value, or one per block for depth {self.depth}")
+        check_kinds(self.attention_plan, self.num_heads, rope=self.rope)
+        check_levels(self.level_plan)
+        if self.conv_mlp and self.swiglu:
+            raise ValueError("conv_mlp has a gate of its own: turn swiglu off, or conv_mlp")
+        if not isinstance(self.merge_tokens, int | float) or not 0 <= self.merge_tokens <= MOST_MERGED:
+            raise ValueError(f"merge_tokens is a share from 0 to {MOST_MERGED}, not {self.merge_tokens!r}")
+        if self.merge_tokens and (self.varies_attention or self.conv_mlp or self.rope or any(self.levels)):
+            raise ValueError(
+                "merge_tokens leaves no grid of tokens: use attention full, and no conv_mlp, levels or rope"
+            )
+        if (
+            self.varies_attention or self.conv_mlp or any(self.levels) or self.merge_tokens
+        ) and "in_context" in self.blocks:
+            raise ValueError(
+                "attention other than full, conv_mlp, levels and merge_tokens need a grid of tokens alone: "
+                "use no block of the kind in_context"
+            )
+        if self.token_multiple > 1:
+            check_size(
+                "image_size", self.image_size, self.size_multiple, "the side of windows and merged tokens,"
+            )
+
+    @property
+    def attention_plan(self) -> tuple[AttentionKind, ...]:
+        """The kind of attention of every block."""
+        kinds = tuple(attention_kind(word) for word in self.attention)
+        return kinds if len(kinds) == self.depth else kinds * self.depth
+
+    @property
+    def varies_attention(self) -> bool:
+        """True if any block has another attention than the full one."""
+        return any(kind.name != "full" for kind in self.attention_plan)
+
+    @property
+    def level_plan(self) -> tuple[int, ...]:
+        """The level of every block."""
+        return self.levels if len(self.levels) == self.depth else self.levels * self.depth
+
+    @property
+    def token_multiple(self) -> int:
+        """The number that must divide the rows and the columns of tokens."""
+        sides = [
+            kind.multiple << level for kind, level in zip(self.attention_plan, self.level_plan, strict=True)
+        ]
+        # Tokens are merged by the 2×2 of a grid.
+        return math.lcm(*sides, 2 if self.merge_tokens else 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """The number of latent pixels that must divide height and width."""
+        return self.patch_size * self.token_multiple
 
     @property
     def heads_width(self) -> int:

@@ -29,7 +29,7 @@ def size_multiple(config: BundleConfig) -> int | None:
         return config.patch_size
     if isinstance(config, DiTConfig):
         # A layout path has a bias for every token of one size.
-        return None if config.layout_rank else config.patch_size
+        return None if config.layout_rank else config.size_multiple
     return 1 << (len(config.multipliers) - 1)
 
 
@@ -59,8 +59,10 @@ def network_config(given: Mapping[str, Any]) -> NetworkConfig:
         if kind != "dit":
             raise ValueError(f"name is for published sizes of the DiT, not for a {kind}")
         rest = {**asdict(published_config(str(name))), **rest}
-    if isinstance(rest.get("blocks"), str):
-        rest["blocks"] = [rest["blocks"]]
+    # One value stands for all blocks.
+    for field in ("blocks", "attention", "levels"):
+        if kind == "dit" and isinstance(rest.get(field), str | int):
+            rest[field] = [rest[field]]
     return _validated(kind, UNetConfig, rest) if kind == "unet" else _validated(kind, DiTConfig, rest)
 
 

@@ -192,6 +192,10 @@ def check_plain(config: DiTConfig) -> None:
         swiglu=False,
         layout_rank=0,
         head_channels=0,
+        attention=("full",),
+        conv_mlp=False,
+        levels=(0,),
+        merge_tokens=0.0,
         base_size=None,
     )
     extra = [

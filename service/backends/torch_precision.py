@@ -25,6 +25,7 @@ from ditserve.model.nets.low_precision import (
     fp8_objection,
     lower_precision,
 )
+from ditserve.model.spec.attention_kinds import FULL
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.measured_choice import FASTER, FASTER_FP8, quality_objection, speedup
@@ -102,7 +103,7 @@ def widen_heads(network: DiT, dtype: torch.dtype) -> None:
     ratio = speedup(own, wide, time.perf_counter)
     chosen = width if ratio >= FASTER else config.head_size
     for module in network.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and module.kind == FULL:
             module.computed_width = chosen
     log.info("attention chosen", head=config.head_size, computed=chosen, speedup=round(ratio, 2))
 

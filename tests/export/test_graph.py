@@ -55,6 +55,15 @@ OPTIONS: dict[str, NetworkConfig] = {
     "text tokens alone, qk-norm": replace(
         PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True
     ),
+    "every kind of attention, a convolutional MLP, levels": replace(
+        PLAIN,
+        image_size=(16, 24),
+        depth=6,
+        attention=("window:2+1", "neighbourhood:1", "axial", "low_rank:3", "linear", "channel"),
+        levels=(0, 0, 0, 1, 1, 0),
+        conv_mlp=True,
+    ),
+    "merged tokens": replace(PLAIN, image_size=(16, 24), depth=1, merge_tokens=0.5),
     "experts that choose, a gate of the condition": replace(PLAIN, depth=1, experts=4, condition_gate=True),
     "tokens that choose, a shared modulation": replace(
         PLAIN,
@@ -82,7 +91,7 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     assert ("embedder.onnx" in bands) is conditional
     assert any(name.startswith("backbone.onnx at ") for name in bands) is free
     backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph
-    multiple = 4 if isinstance(config, DiTConfig) else 2
+    multiple = config.size_multiple if isinstance(config, DiTConfig) else 2
     sides = [f"{multiple}*rows", f"{multiple}*columns"] if free else list(config.image_size)
     shape = backbone.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]

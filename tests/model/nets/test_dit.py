@@ -37,6 +37,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layout": {"layout_rank": 2},
     "layout with tokens": {"layout_rank": 2, "blocks": "cross_attention"},
     "convolutional head": {"head_channels": 6},
+    "windows": {"attention": ("window:2", "window:2+1", "window:4+1"), "rope": True},
+    "neighbourhoods": {"attention": "neighbourhood:1", "qk_norm": True},
+    "axial and channel attention": {"attention": ("axial", "channel", "axial")},
+    "linear attention": {"attention": "linear", "conv_mlp": True},
+    "attention of low rank": {"attention": "low_rank:3", "qk_norm": True},
+    "levels": {"levels": (0, 1, 0), "rope": True, "layout_rank": 2},
+    "levels of every block": {"levels": 1, "attention": "window:2", "blocks": "cross_attention"},
+    "merged tokens": {"merge_tokens": 0.5, "qk_norm": True},
     "shared modulation": {"shared_modulation": True},
     "shared modulation of adaln": {"shared_modulation": True, "blocks": "adaln"},
     "condition gate": {"condition_gate": True},
@@ -157,13 +165,19 @@ def test_learns(variant: DiTConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["adaln_zero", "adaln", "hybrid", "hybrid with tokens in context", "text", "all at once"]
+    "name",
+    [
+        *("adaln_zero", "adaln", "hybrid", "hybrid with tokens in context", "text", "all at once"),
+        *("windows", "axial and channel attention", "linear attention", "levels", "merged tokens"),
+    ],
 )
 def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> None:
     """Every kind of block and every option is in one of these variants."""
     config = tiny(**VARIANTS[name])
     dit = network(config)
     x, t, labels, text = inputs(config)
+    # More variants than it keeps of one function.
+    torch._dynamo.reset()
     compiled = torch.compile(dit, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.allclose(compiled(x, t, labels, text), dit(x, t, labels, text), atol=1e-6)
@@ -302,7 +316,10 @@ def test_layout_refuses_other_sizes(tiny: Tiny, network: Make) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["adaln_zero", "in_context", "cross_attention", "all at once"])
+@pytest.mark.parametrize(
+    "name",
+    ["adaln_zero", "in_context", "cross_attention", "all at once", "windows", "linear attention", "levels"],
+)
 def test_half_precision_inference(tiny: Tiny, network: Make, dtype: torch.dtype, name: str) -> None:
     config = tiny(**VARIANTS[name])
     x, t, labels, text = inputs(config)
