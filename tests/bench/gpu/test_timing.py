@@ -65,7 +65,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made |= {"synchronize": gpu.synchronize, "current_stream": Stream}
     for name, value in made.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: gpu.host)
+    monkeypatch.setattr("ditserve.bench.gpu.timing.time.perf_counter", lambda: gpu.host)
     return gpu
 
 
