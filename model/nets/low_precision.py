@@ -80,7 +80,8 @@ def lower_precision(network: DiT, precision: str) -> Backbone:
 def _of_conditioner(name: str) -> bool:
     """Return True for the modules that `modulate` and `embed` call."""
     first = name.partition(".")[0]
-    return first in ("t_embedder", "y_embedder", "layout") or "adaLN_modulation" in name
+    conditioner = ("t_embedder", "y_embedder", "layout", "shared_modulation")
+    return first in conditioner or "adaLN_modulation" in name
 
 
 def _fp8_layers(network: DiT) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
