@@ -39,7 +39,8 @@ class WorkerPolicy:
     """Bounds and intervals of a worker; times in seconds."""
 
     max_rows: int = 64
-    lookahead_rows: int = 64  # claimed beyond what can run, by all workers of the queue together
+    # Claimed beyond what can run by all workers of the queue together, and by each at least a batch; 0: none.
+    lookahead_rows: int = 64
     balance_s: float = 0.5  # of work more than the idlest other worker, with which it claims none ahead
     drain_s: float = 30.0
     export_s: float = 3.0  # at least, in which the engine exports its samples when the worker leaves

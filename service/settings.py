@@ -168,7 +168,11 @@ class Settings(BaseSettings):
     )
     max_rows: int = Field(64, ge=1, le=4096, description="rows a worker may put into one forward pass")
     lookahead_rows: int = Field(
-        64, ge=0, le=4096, description="rows a worker claims beyond those it can run, for the planner to see"
+        64,
+        ge=0,
+        le=4096,
+        description="rows that workers together claim beyond those they can run, for the planner to see, and "
+        "each no fewer than an efficient batch; 0 claims none",
     )
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")

@@ -22,7 +22,7 @@ from tests.promql import Scrapes
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parent.parent
 CLIENTS, STEPS, WITHIN_S = 8, 50, 2.0
-SECONDS = 10.0
+SECONDS = 6.0
 SCRAPED_EVERY_S = 0.5
 
 # The queries as shipped, but over a shorter time, because the test is shorter.

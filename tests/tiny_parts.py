@@ -145,8 +145,8 @@ def vae(channels: int, *, shift: float | None = None, scale: float = 0.4) -> Any
 
 
 def deep_vae(channels: int) -> Any:
-    """Return a DC-AE, whose latents cover 32 pixels on a side."""
-    levels = 6
+    """Return a DC-AE, whose latents cover 8 pixels on a side; those of the release cover 32."""
+    levels = 4
     return diffusers.AutoencoderDC(
         latent_channels=channels,
         attention_head_dim=4,

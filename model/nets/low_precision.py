@@ -72,15 +72,18 @@ def lower_precision(network: DiT, precision: str) -> Backbone:
             setattr(parent, name, Fp8Linear(layer))
 
     def backbone(x: Tensor, state: Sequence[Tensor]) -> Tensor:
-        return network.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
+        return type(network).backbone(network, x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
+    # Whoever calls the network's own backbone is given this one.
+    vars(network)["backbone"] = backbone
     return backbone
 
 
 def _of_conditioner(name: str) -> bool:
     """Return True for the modules that `modulate` and `embed` call."""
     first = name.partition(".")[0]
-    return first in ("t_embedder", "y_embedder", "layout") or "adaLN_modulation" in name
+    conditioner = ("t_embedder", "y_embedder", "layout", "shared_modulation")
+    return first in conditioner or "adaLN_modulation" in name
 
 
 def _fp8_layers(network: DiT) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

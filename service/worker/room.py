@@ -25,12 +25,18 @@ class Room:
 def wanted_rows(
     saturation_rows: int, *, lookahead_rows: int, peers: int, ahead_s: float, balance_s: float
 ) -> int:
-    """Return the rows that a worker wants to hold: an efficient batch, and its share of the look-ahead.
+    """Return the rows that a worker wants to hold: an efficient batch, and a look-ahead.
 
-    What is claimed does not move. So a worker whose work takes `ahead_s` seconds more than that of the idlest
-    of its `peers`, and that is more than `balance_s`, claims nothing ahead.
+    The look-ahead is the worker's share of `lookahead_rows`, and no less than another batch: of what it does
+    not see it cannot cut the steps in time. What is claimed does not move. So a worker whose work takes
+    `ahead_s` seconds more than that of the idlest of its `peers`, and that is more than `balance_s`, claims
+    nothing ahead; nor does one without `lookahead_rows`.
+
+    Example: 64 workers share 64 rows. One with efficient batches of 16 rows wants 16 + 16, not 16 + 1.
     """
-    return saturation_rows + (lookahead_rows // peers if ahead_s <= balance_s else 0)
+    if not lookahead_rows or ahead_s > balance_s:
+        return saturation_rows
+    return saturation_rows + max(saturation_rows, lookahead_rows // peers)
 
 
 def claim_room(jobs: Iterable[RunningJob], *, wanted_rows: int, free_slots: int) -> Room:

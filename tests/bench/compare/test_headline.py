@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from ditserve.bench import headline, report
-from ditserve.bench.compare import session
+from ditserve.bench.compare import session, speed
 from ditserve.bench.compare.results_store import Headline, ResultsMismatch, ResultsStore
 from ditserve.bench.compare.runs import (
     BASIS,
@@ -249,10 +249,13 @@ def test_one_command_compares_servers_of_a_bundle_that_draws_from_texts(
     monkeypatch.setattr(session, "SATURATED_REQUESTS", 8)
     monkeypatch.setattr(session, "WARM_UP", 1)
     monkeypatch.setattr(session, "MAX_DRIFT", 1e9)
+    monkeypatch.setattr(speed, "MEASURE_S", 0.1)
     monkeypatch.setattr(session, "LEAST_PROMISES", 0)
     monkeypatch.setattr(generator.unloaded, "__defaults__", (1,))
     monkeypatch.setattr(session, "batch_tunings", lambda *_: ())
-    run = Run("offered", "planner", 8.0, 1)
+    basis, run = (Run("alone", REFERENCE), Run("saturated", CAPACITY)), Run("offered", "planner", 8.0, 1)
+    assert set(basis) < set(BASIS)
+    monkeypatch.setattr(session, "BASIS", basis)
     monkeypatch.setattr(session, "planned_runs", lambda *_: [run])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -260,7 +263,7 @@ def test_one_command_compares_servers_of_a_bundle_that_draws_from_texts(
     words += [f"--prompts={prompts}", f"--peers={sys.executable}", "--max-lag-ms=1e9", "--name=toy"]
     assert headline.main([str(prompted_bundle), *words]) == 0
     found = Headline.read(tmp_path / "results" / "toy.json")
-    assert set(found.results.runs) == {*(basis.key for basis in BASIS), run.key}
+    assert set(found.results.runs) == {made.key for made in (*basis, run)}
     assert not any("failed" in figures for figures in found.results.runs.values())
     assert found.offered("planner", 8.0) is not None
     text = (tmp_path / "results" / "toy.md").read_text()

@@ -18,6 +18,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 PLAIN = DiTConfig(image_size=(8, 8), in_channels=4, hidden_size=64, depth=2, num_heads=4, patch_size=2)
 ROTARY = replace(PLAIN, rope=True, qk_norm=True)
 TEXT = replace(PLAIN, text_size=16, text_tokens=3)
+EXPERTS = replace(PLAIN, experts=4, shared_expert=True, shared_modulation=True, condition_gate=True)
 # Precision → the relative error of the output that rounding explains.
 LIMITS = {"fp16": 5e-3, "bf16": 3e-2, "fp8": 5e-2}
 
@@ -38,7 +39,7 @@ def rows_of(network: DiT, count: int = 5) -> tuple[Tensor, tuple[Tensor, ...]]:
     return x, network.modulate(torch.linspace(0, 900, count), embedding)
 
 
-@pytest.mark.parametrize("config", [PLAIN, ROTARY, TEXT], ids=["plain", "rotary", "text"])
+@pytest.mark.parametrize("config", [PLAIN, ROTARY, TEXT, EXPERTS], ids=["plain", "rotary", "text", "experts"])
 @pytest.mark.parametrize("precision", list(LIMITS))
 @torch.inference_mode()
 def test_the_backbone_is_rounded_and_the_conditioner_is_not(config: DiTConfig, precision: str) -> None:

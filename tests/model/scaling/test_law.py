@@ -46,6 +46,12 @@ def test_the_law_is_the_sum_of_its_terms() -> None:
     assert KNOWN.loss(parameters=5e6, pictures=700, flops=1e13) == pytest.approx(by_hand)
 
 
+def test_the_gain_of_twice_as_much_is_the_difference_of_two_losses() -> None:
+    gains = KNOWN.gains(LossPoint("run", 1e6, 1e3, 1e12, 1.3))
+    halved = {"parameters": (0.4, 0.35), "pictures": (0.3, 0.6), "flops": (0.5, 0.28)}
+    assert gains == pytest.approx({name: a * (1 - 2**-e) for name, (a, e) in halved.items()})
+
+
 def test_all_seven_numbers_are_found_again() -> None:
     fitted = fit(measured(KNOWN))
     assert fitted.irreducible == pytest.approx(0.2, rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -40,6 +41,11 @@ def test_the_room_is_as_in_the_worked_example(held: Callable[..., RunningJob]) -
 @pytest.mark.parametrize(("ahead_s", "rows"), [(-inf, 24), (0.5, 24), (0.6, 8), (inf, 8)])
 def test_only_a_worker_that_is_not_clearly_ahead_claims_more_than_a_batch(ahead_s: float, rows: int) -> None:
     assert wanted_rows(8, lookahead_rows=64, peers=4, ahead_s=ahead_s, balance_s=0.5) == rows
+
+
+def test_many_workers_each_look_a_batch_ahead_unless_none_is_wanted() -> None:
+    wanted = partial(wanted_rows, 16, peers=64, ahead_s=0.0, balance_s=0.5)
+    assert (wanted(lookahead_rows=64), wanted(lookahead_rows=0)) == (32, 16)
 
 
 def test_an_idle_worker_claims_what_it_wants(held: Callable[..., RunningJob]) -> None:
