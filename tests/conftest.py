@@ -61,9 +61,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports have made out of all later collections: with it, one takes a second.
+    """Leave what the imports have made out of all later collections, of which each would go through it.
 
-    Each graph that is traced or opened asks for a collection.
+    Each graph that is traced or opened asks for one.
     """
     gc.collect()
     gc.freeze()

@@ -41,7 +41,7 @@ PARTS = {
     "attention": 2,
     "steps": 14,
     "host": 3,
-    "service": 12,
+    "service": 18,
     "training": 6,
     "graphs": 10,
 }
@@ -110,8 +110,11 @@ def _setting(options: argparse.Namespace) -> MeasuredSetting:
         raise ValueError(f"{bundle} is no bundle: it has no manifest.json")
     device = "cpu" if options.toy else "cuda"
     name = "cpu" if options.toy else _gpu_name()
-    version = json.loads(manifest.read_text()).get("version", "")
-    identity = {"device": name, "bundle": f"{bundle.resolve().name} {version}".strip()}
+    try:
+        version = str(json.loads(manifest.read_text())["version"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} cannot be read: it names no version of a model") from None
+    identity = {"device": name, "bundle": f"{bundle.resolve().name} {version}"}
     options.out.mkdir(parents=True, exist_ok=True)
     return MeasuredSetting(options.out, device, bundle, options.toy, identity)
 

@@ -72,8 +72,10 @@ def lower_precision(network: DiT, precision: str) -> Backbone:
             setattr(parent, name, Fp8Linear(layer))
 
     def backbone(x: Tensor, state: Sequence[Tensor]) -> Tensor:
-        return network.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
+        return type(network).backbone(network, x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
+    # Whoever calls the network's own backbone is given this one.
+    vars(network)["backbone"] = backbone
     return backbone
 
 

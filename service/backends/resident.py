@@ -19,7 +19,7 @@ from ditserve.service.backends.adapters import RowUses
 from ditserve.service.backends.state import Floats, StateArray
 
 # The most steps of one turn.
-MOST_STEPS: Final = 8
+MOST_STEPS: Final = 16
 # The lines of `DeviceTurn.places` before those of the slabs: see there.
 SLOT, ROW_OF, SUBTRACTED, NEWEST, NOISE = range(5)
 SLAB: Final = 5

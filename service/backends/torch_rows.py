@@ -111,6 +111,11 @@ class TorchStream:
 class CudaStream(TorchStream):
     """Copies and launches on the current CUDA stream of the thread that steps."""
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        # Nothing in the memory of one graph outlives its launch, so all of them share it.
+        self._pool = torch.cuda.graph_pool_handle()
+
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
@@ -132,7 +137,7 @@ class CudaStream(TorchStream):
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may decode meanwhile.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 work()
         except torch.OutOfMemoryError:
             raise

@@ -93,6 +93,18 @@ class SlotLru(Generic[K]):
         slot = self._recent.get(key)
         return self._pinned[key] if slot is None else slot
 
+    def find(self, keys: Iterable[K]) -> list[int]:
+        """Return the slots of keys, -1 for those that have none, and mark them as used now."""
+        recent, pinned, slots = self._recent, self._pinned, list[int]()
+        for key in keys:
+            slot = recent.get(key)
+            if slot is None:
+                slot = pinned.get(key, -1)
+            else:
+                recent.move_to_end(key)
+            slots.append(slot)
+        return slots
+
     def reserve(self, key: K, *, pin: bool) -> int:
         """Return a slot for a new key: the next unused one, else that of the least recently used key.
 
@@ -155,6 +167,7 @@ class ModulationCache(CacheCounters):
         super().__init__()
         self._backend, self._call_rows = backend, backend.conditioner_rows
         self._memory = backend.state_memory
+        self.loads = 0
         # Where rows live on the device their states are made there as well.
         there = backend.modulate_there if isinstance(backend, KeepsRows) else backend.modulate
         self._modulate_there: Callable[[Floats, Floats], tuple[StateArray, ...]] = there
@@ -201,21 +214,20 @@ class ModulationCache(CacheCounters):
             for position, block in zip(table.positions, table.blocks, strict=True):
                 self._memory.take(block, slots, out[position])
 
-    def places(
-        self, inputs: Sequence[ConditionerInput], upcoming: Iterable[ConditionerInput]
-    ) -> npt.NDArray[np.int64]:
-        """Return where the states of `inputs` lie in the slabs: (tables, inputs), a line a table.
+    def places(self, inputs: Sequence[ConditionerInput]) -> npt.NDArray[np.int64]:
+        """Return where the states of `inputs` lie in the slabs: (tables, inputs), -1 for those not cached.
 
-        They are at most `most_states` different ones; see `gather`.
+        It holds for as long as `loads` stays what it is.
         """
-        keys = [(told, condition.key) for told, condition in inputs]
-        different = dict(zip(keys, inputs, strict=True))
+        places = np.empty((len(self._tables), len(inputs)), np.int64)
+        for line, table in enumerate(self._tables):
+            places[line] = table.lru.find([table.key((told, condition.key)) for told, condition in inputs])
+        return places
+
+    def load(self, inputs: Sequence[ConditionerInput], upcoming: Iterable[ConditionerInput]) -> None:
+        """See that the states of `inputs` are cached, at most `most_states` different ones; see `gather`."""
+        different = {(told, condition.key): (told, condition) for told, condition in inputs}
         self._load_missing(list(different), list(different.values()), upcoming)
-        lines = []
-        for table in self._tables:
-            slots = {key: table.lru.slot(table.key(key)) for key in different}
-            lines.append([slots[key] for key in keys])
-        return np.array(lines, np.int64).reshape(len(lines), len(keys))
 
     def slabs(self) -> list[Slab]:
         """Return the tensors of the condition state, with the line of each in what `places` returns."""
@@ -276,6 +288,7 @@ class ModulationCache(CacheCounters):
 
     def _load(self, inputs: dict[StateKey, ConditionerInput]) -> None:
         """Compute the states of inputs that are not cached, and keep them."""
+        self.loads += 1
         items = list(inputs.items())
         for start in range(0, len(items), self._call_rows):
             chunk = items[start : start + self._call_rows]

@@ -51,6 +51,8 @@ from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import Change, Planner
 from ditserve.service.rung import Rung
 
+# For so long a batch on a device that holds all samples goes on without being planned again.
+HELD_S: Final = 0.005
 TRAJECTORIES_KEPT: Final = 256  # from noise: most requests ask for the same few
 
 
@@ -88,6 +90,8 @@ class Engine:
         self._turn_began: float | None = None  # the end of the last step; None: it was idle since
         self._turn_waited = 0.0  # how long the thread had ever waited by then
         self._slots = slots
+        self._held: tuple[Sample, ...] = ()  # on the device: they step on together until something changes
+        self._held_until = 0.0
         self.step_s = 0.0  # predicted, of the step under way or else the last; other threads may read it
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
@@ -123,17 +127,21 @@ class Engine:
         if expired := self._expire(decoded_at):
             return StepReport(failed=expired)  # in a report of their own, because what follows may raise
         # Samples whose rows are on the host do not overlap with a turn on the device.
-        if self._flying and len(self._groups.own.samples) < max(1, len(self._samples)):
-            return self._land()
+        if self._resident is not None:
+            if self._resident.flights and len(self._groups.own.samples) < max(1, len(self._samples)):
+                return self._land()
+            if self._held and began < self._held_until:
+                return self._turn(Batch(self._held, "idle"), (), began)
         changes = self._plan(began, queued_rows)
         if not self._samples:
             return StepReport(changes=changes)
+        self._held_until = began + HELD_S
 
         # Schedule: the image size and backbone whose turn it is, and their samples that step now.
         group, batch = self._groups.next_batch(decoded_at)
-        self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
         if group.resident is not None:
             return self._turn(batch, changes, began)
+        self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
         # Predict: one forward pass over their rows, guided.
         network = self._passes[group.key.backbone]
         try:
@@ -157,14 +165,18 @@ class Engine:
     def _turn(self, batch: Batch[Sample], changes: tuple[Change, ...], began: float) -> StepReport:
         """Give the device the next steps of a batch; report the turn before, which runs until now."""
         assert self._resident is not None
-        # Nobody waits for samples that step all together.
+        step_s = self.costs.predict(sum(sample.rows for sample in batch.samples))
+        # Nobody waits for samples that step all together. They do so for a while without being planned again.
         alone = len(batch.samples) == len(self._samples)
-        steps = self._resident.steps_ahead(batch.samples, self.step_s) if alone else 1
-        self.step_s *= steps
+        steps = self._resident.steps_ahead(batch.samples, step_s) if alone else 1
+        self.step_s = steps * step_s
         slots = [self._groups.place(sample).slot for sample in batch.samples]
+        self._held = ()
         if self._resident.launch(batch, slots, steps=steps, began=began):
             for sample in self._resident.flights[-1].done:
+                self.costs.observe_image(sample.all_rows)
                 self._drop(sample)
+            self._held = tuple(self._samples.values()) if alone else ()
         if len(self._resident.flights) > 1:
             return replace(self._land(), changes=changes)
         self._turn_began, self._turn_waited = self.clock(), self.waited()
@@ -244,6 +256,7 @@ class Engine:
         if self.idle:
             self._turn_began = None
         self._samples[request.id] = sample
+        self._held = ()
 
     def export(self, sample_id: str) -> Snapshot | None:
         """Return a snapshot for `add` to continue; None before the first step, or if no such sample runs."""
@@ -257,6 +270,7 @@ class Engine:
         """Drop a sample: it takes no further step. An id that is not running is ignored."""
         if self._resident is not None:
             self._resident.forget(sample_id)
+            self._held = ()
         sample = self._samples.get(sample_id)
         if sample is not None:
             self._drop(sample)
@@ -422,7 +436,8 @@ class Engine:
                 pool.put(slot, sample.keep(pool.latent(slot)))
             if not sample.remaining_steps:
                 finished.append(sample.finished(pool.latent(slot), now))
-                self.cancel(sample.id)
+                self.costs.observe_image(sample.all_rows)
+                self._drop(sample)
             elif sample.shows_preview:
                 latent = sample.keep(estimate.copy(), clean=True)
                 previews.append(Preview(sample.id, sample.taken, sample.steps, latent))

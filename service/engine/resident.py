@@ -32,16 +32,20 @@ from ditserve.service.backends.resident import (
     ResidentRows,
     Ticket,
 )
-from ditserve.service.engine.conditions import ConditionCaches
+from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
+from ditserve.service.engine.embedding_cache import Condition
 from ditserve.service.engine.latent_pool import Floats
 from ditserve.service.engine.resident_pool import ResidentPool
 from ditserve.service.engine.row_layout import upcoming_inputs
 from ditserve.service.engine.samples import Failed, Finished, Preview, Sample, not_finite
 from ditserve.service.engine.scheduler import Batch, Scheduler
-from ditserve.service.engine.trajectory import StepCoefficients
+from ditserve.service.engine.trajectory import StepCoefficients, Trajectory
 
 # A newcomer waits for the turn under way and for the one after it.
-TURN_S: Final = 0.002
+TURN_S: Final = 0.003
+# The stretches of trajectories, and their steps, of which it is remembered where the states lie.
+PATHS_KEPT: Final = 1024
+STRETCH: Final = 48
 # A guided sample has two, which a turn does not take apart.
 LEAST_ROWS: Final = 2
 _COEFFICIENTS: Final = len(StepCoefficients._fields)
@@ -50,7 +54,7 @@ _DEVIATION: Final = StepCoefficients._fields.index("s")
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A turn under way, with the steps that each sample of its batch had taken before it.
+    """A turn under way, with the steps that each sample of its batch had taken before it, and takes in it.
 
     The samples of `done` leave after it; `shown` are the previews to come, without their latents. Of the
     `forgotten` samples nobody wants to hear.
@@ -58,12 +62,16 @@ class Flight:
 
     batch: Batch[Sample]
     taken: list[int]
-    steps: int
+    counts: list[int]
     rows: int
     ticket: Ticket
     done: list[Sample]
     shown: list[tuple[Sample, int, int]]
     forgotten: set[str] = field(default_factory=set)
+
+    @property
+    def steps(self) -> int:
+        return max(self.counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,25 +112,33 @@ class ResidentPass:
         self.flights: deque[Flight] = deque()
         self._rows, self._modulations, self._scheduler = rows, conditions.modulations, scheduler
         self._clock, self._nowhere, self._shape = clock, slots, shape
+        self._paths: dict[tuple[Trajectory, int, bytes], npt.NDArray[np.int64]] = {}
+        self._paths_of = 0
         self._blank: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
     def steps_ahead(self, samples: Sequence[Sample], step_s: float) -> int:
         """Return the steps that a batch takes in one turn, at `step_s` seconds each.
 
-        In them nothing may change but numbers: the turn ends where a sample is done, shows a preview, or has
-        another number of rows.
+        A sample that is done leaves its row empty, and one that is guided at some step has two rows at all of
+        them. So a turn is only so long that three quarters of its samples' steps come before such a change,
+        and it ends where a preview is shown.
 
-        Example: steps take 0.6 ms, so three fit into 2 ms. One of the samples has two steps left: two.
+        Example: steps take 0.9 ms, so three fit into 3 ms. Of four samples one has two steps left: 11 of 12
+        are left, so three. If two of them had one step left, it would be 8 of 12: two steps, with 6 of 8.
         """
+        n = len(samples)
         if any(sample.request.adapters for sample in samples):
             return 1
-        rows = sum(sample.rows for sample in samples)
-        room = min(self._modulations.most_states // rows, self._rows.noise_blocks // len(samples))
+        room = min(self._modulations.most_states // (2 * n), self._rows.noise_blocks // n)
         steps = max(1, min(MOST_STEPS, room, int(TURN_S / max(step_s, 1e-9))))
+        alike = [sample.trajectory.alike[sample.cursor] for sample in samples]
+        while sum(left if left < steps else steps for left in alike) < 0.75 * n * steps:
+            steps -= 1
         for sample in samples:
-            every = sample.request.previews
-            until_shown = every - sample.taken % every if every else steps
-            steps = min(steps, sample.trajectory.alike[sample.cursor], until_shown)
+            if every := sample.request.previews:
+                steps = min(steps, every - sample.taken % every)
+        if n + sum(sample.guided_within(steps) for sample in samples) > self._scheduler.cap():
+            steps = min(steps, *alike)
         return steps
 
     def launch(self, batch: Batch[Sample], slots: list[int], *, steps: int, began: float) -> bool:
@@ -132,7 +148,7 @@ class ResidentPass:
             MemoryError: not even the smallest batch fits.
         """
         samples = batch.samples
-        guided = [index for index, sample in enumerate(samples) if sample.guided]
+        guided = [index for index, sample in enumerate(samples) if sample.guided_within(steps)]
         rows = self._size(len(samples) + len(guided))
         try:
             self._rows.open(rows)
@@ -140,14 +156,15 @@ class ResidentPass:
             if rows <= LEAST_ROWS or not self._scheduler.shrink(rows):
                 raise
             return False
-        places = self._places(samples, guided, rows, slots, steps)
-        numbers = self._numbers(samples, rows, steps)
+        counts = [min(steps, sample.remaining_steps) for sample in samples]
+        places = self._places(samples, guided, rows, slots, counts)
+        numbers = self._numbers(samples, rows, counts)
         noise = self._noise(samples, numbers, places)
         taken = [sample.taken for sample in samples]
         adapters = self._adapters(samples, guided, rows)
-        self.pool.newest[slots] ^= steps & 1
-        for sample in samples:
-            sample.advance(began, steps)
+        self.pool.newest[slots] ^= np.array(counts) & 1
+        for sample, count in zip(samples, counts, strict=True):
+            sample.advance(began, count)
         done = [index for index, sample in enumerate(samples) if not sample.remaining_steps]
         shown = [index for index, sample in enumerate(samples) if sample.shows_preview]
         turn = DeviceTurn(
@@ -161,7 +178,7 @@ class ResidentPass:
         ticket = self._rows.run(turn)
         previews = [(sample, sample.taken, sample.steps) for sample in map(samples.__getitem__, shown)]
         ended = [samples[index] for index in done]
-        self.flights.append(Flight(batch, taken, steps, rows, ticket, ended, previews))
+        self.flights.append(Flight(batch, taken, counts, rows, ticket, ended, previews))
         return True
 
     def land(self) -> Landing:
@@ -190,8 +207,10 @@ class ResidentPass:
 
     def _failed(self, flight: Flight, finite: npt.NDArray[np.bool_]) -> Iterator[Failed]:
         """Yield the samples whose numbers were not finite at a step of a turn."""
-        samples = flight.batch.samples
-        for index in np.flatnonzero(~finite[:, : len(samples)].all(axis=0)).tolist():
+        samples, counts = flight.batch.samples, np.array(flight.counts)
+        past = np.arange(len(finite))[:, None] >= counts
+        finite = finite[:, : len(samples)] | past
+        for index in np.flatnonzero(~finite.all(axis=0)).tolist():
             sample = samples[index]
             if sample.id not in flight.forgotten:
                 step = flight.taken[index] + int(finite[:, index].argmin()) + 1
@@ -231,9 +250,9 @@ class ResidentPass:
         return self._blank[steps, rows]
 
     def _places(
-        self, samples: Sequence[Sample], guided: list[int], rows: int, slots: list[int], steps: int
+        self, samples: Sequence[Sample], guided: list[int], rows: int, slots: list[int], counts: list[int]
     ) -> npt.NDArray[np.int64]:
-        n, used = len(samples), len(samples) + len(guided)
+        n, used, steps = len(samples), len(samples) + len(guided), max(counts)
         places = self._blank_places(steps, rows).copy()
         places[:, SLOT, :n] = slots
         places[:, ROW_OF, :used] = [*range(n), *guided]
@@ -241,24 +260,56 @@ class ResidentPass:
         places[:, SUBTRACTED, guided] = range(n, used)
         places[0::2, NEWEST, :n] = self.pool.newest[slots]
         places[1::2, NEWEST, :n] = self.pool.newest[slots] ^ 1
-        inputs = []
-        for ahead in range(steps):
-            told = [sample.trajectory.told[sample.cursor + ahead] for sample in samples]
-            inputs += [(t, s.conditioning.conditions[0]) for t, s in zip(told, samples, strict=True)]
-            inputs += [(told[index], samples[index].conditioning.unconditional) for index in guided]
-        upcoming = upcoming_inputs(samples, self._conditioner_rows, after=steps)
-        states = self._modulations.places(inputs, upcoming)  # (tables, k · used)
-        places[:, SLAB:, :used] = states.reshape(-1, steps, used).swapaxes(0, 1)
+        if min(counts) < steps:
+            for index, count in enumerate(counts):
+                places[count:, SLOT, index] = self._nowhere
+                places[count:, NEWEST, index] = 2 * self._nowhere
+        states = self._states(samples, guided, counts)
+        if states.min() < 0:
+            inputs = _inputs(samples, guided, counts)
+            self._modulations.load(inputs, upcoming_inputs(samples, self._conditioner_rows, after=steps))
+            states = self._states(samples, guided, counts)
+        else:
+            self._modulations.hits += steps * used
+        places[:, SLAB:, :used] = states.swapaxes(0, 1)
         return places
 
-    def _numbers(self, samples: Sequence[Sample], rows: int, steps: int) -> Floats:
-        numbers = np.zeros((steps, NUMBERS, rows), np.float32)
-        columns = [sample.trajectory.rows[sample.cursor : sample.cursor + steps] for sample in samples]
-        numbers[:, :_COEFFICIENTS, : len(samples)] = np.stack(columns, axis=2)
-        for index, sample in enumerate(samples):
+    def _states(
+        self, samples: Sequence[Sample], guided: list[int], counts: list[int]
+    ) -> npt.NDArray[np.int64]:
+        """Return where the states of a turn's rows lie, (tables, k, rows); -1 for those not cached."""
+        states = np.zeros((self._modulations.tables, max(counts), len(samples) + len(guided)), np.int64)
+        for row, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+            states[:, :count, row] = self._path(sample, sample.conditioning.conditions[0], count)
+        for row, index in enumerate(guided, start=len(samples)):
+            sample, count = samples[index], counts[index]
+            path = self._path(sample, sample.conditioning.unconditional, count)
+            acts = sample.trajectory.guided[sample.cursor : sample.cursor + count]
+            states[:, :count, row] = path if all(acts) else np.where(acts, path, 0)
+        return states
+
+    def _path(self, sample: Sample, condition: Condition, count: int) -> npt.NDArray[np.int64]:
+        """Return where the states of a sample's next steps lie, (tables, count); -1 if not cached."""
+        if self._paths_of != self._modulations.loads or len(self._paths) > PATHS_KEPT:
+            self._paths_of = self._modulations.loads
+            self._paths.clear()
+        # Looked up in stretches, of which a turn is in one.
+        stretch, first = divmod(sample.cursor, STRETCH)
+        key = sample.trajectory, stretch, condition.key
+        if key not in self._paths:
+            told = sample.trajectory.told[stretch * STRETCH : (stretch + 1) * STRETCH + MOST_STEPS]
+            self._paths[key] = self._modulations.places([(level, condition) for level in told])
+        return self._paths[key][:, first : first + count]
+
+    def _numbers(self, samples: Sequence[Sample], rows: int, counts: list[int]) -> Floats:
+        numbers = np.zeros((max(counts), NUMBERS, rows), np.float32)
+        for index, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+            cursor = sample.cursor
+            numbers[:count, :_COEFFICIENTS, index] = sample.trajectory.rows[cursor : cursor + count]
             if sample.source is not None and sample.source.source.mask is not None:
-                levels = [*sample.trajectory.levels, None][sample.cursor + 1 : sample.cursor + 1 + steps]
-                numbers[:, _COEFFICIENTS:, index] = [sample.source.shares(level) for level in levels]
+                levels = [*sample.trajectory.levels, None][cursor + 1 : cursor + 1 + count]
+                shares = [sample.source.shares(level) for level in levels]
+                numbers[:count, _COEFFICIENTS:, index] = shares
         return numbers
 
     def _noise(self, samples: Sequence[Sample], numbers: Floats, places: npt.NDArray[np.int64]) -> Floats:
@@ -276,6 +327,20 @@ class ResidentPass:
         uses = [sample.request.adapters for sample in samples]
         uses += [samples[index].request.adapters for index in guided]
         return [*uses, *[()] * (rows - len(uses))]
+
+
+def _inputs(samples: Sequence[Sample], guided: list[int], counts: list[int]) -> list[ConditionerInput]:
+    """Return what the rows of a turn are conditioned on."""
+    inputs: list[ConditionerInput] = []
+    for sample, count in zip(samples, counts, strict=True):
+        told = sample.trajectory.told[sample.cursor : sample.cursor + count]
+        inputs += [(level, sample.conditioning.conditions[0]) for level in told]
+    for index in guided:
+        sample, trajectory = samples[index], samples[index].trajectory
+        steps = range(sample.cursor, sample.cursor + counts[index])
+        subtracted = sample.conditioning.unconditional
+        inputs += [(trajectory.told[step], subtracted) for step in steps if trajectory.guided[step]]
+    return inputs
 
 
 def open_resident(

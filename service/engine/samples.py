@@ -188,6 +188,10 @@ class Sample:
         """True if guidance acts on the next step."""
         return self.trajectory.guided[self.cursor]
 
+    def guided_within(self, steps: int) -> bool:
+        """Return whether guidance acts on one of the next so many steps."""
+        return True in self.trajectory.guided[self.cursor : self.cursor + steps]
+
     @property
     def rows(self) -> int:
         """Rows of the next step: one for each window and condition, and one a window where guidance acts."""
@@ -241,6 +245,11 @@ class Sample:
         They count by their cost, in rows of the bundle's own backbone.
         """
         return self.trajectory.rows_from(self.cursor, self.composed)
+
+    @property
+    def all_rows(self) -> float:
+        """Rows of an image on this sample's trajectory, in rows of the bundle's own size and backbone."""
+        return self.geometry.cost * self.trajectory.rows_from(0, self.composed)
 
     @property
     def steps(self) -> int:

@@ -82,6 +82,7 @@ class CostModel:
         self._overlaps = False  # the host works while the device does
         self._decode_s = decode_s
         self._decodes = 0
+        self._image_rows = 0.0  # of all its steps; 0: not known
 
     @property
     def fixed_s(self) -> float:
@@ -97,8 +98,13 @@ class CostModel:
         Where batches have that many rows it is exact, while `fixed_s` and `per_row_s` look at all sizes.
         Example: steps of 1, 10 and 64 rows take 2, 5 and 50 ms. Through those of 1 and 10 rows a row costs
         (5 - 2) / 9 = 0.33 ms, and the rest of 1.67 ms is fixed.
+
+        Images are decoded and encoded one after the other, beside the steps. Where that takes longer, it is
+        what the rows cost. Example: images have 30 rows and take 24 ms, so 10 rows cost 8 ms, not 5.
         """
         one, all_rows = self.predict(1), self.predict(rows)
+        if self._image_rows:
+            all_rows = max(all_rows, rows * self._decode_s / self._image_rows)
         per_row = min(max(_LEAST_S, (all_rows - one) / (rows - 1)), all_rows / rows) if rows > 1 else one
         return max(0.0, all_rows - rows * per_row), per_row
 
@@ -108,7 +114,10 @@ class CostModel:
 
     def predict(self, rows: int) -> float:
         """Return the seconds of a step of `rows` rows."""
-        return self._whole(self._at_speed_one(rows)) / self._pace
+        pass_s = self._at_speed_one(rows)
+        # Asked many times a step: `_whole`, written out.
+        whole_s = max(pass_s, self._host_s) if self._overlaps else pass_s + self._host_s
+        return whole_s / self._pace
 
     @property
     def slowed(self) -> bool:
@@ -128,7 +137,12 @@ class CostModel:
         """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
-        rates = [rows / self._whole(self._at_speed_one(rows)) for rows in range(1, max_rows + 1)]
+        passes_s = [self._at_speed_one(rows) for rows in range(1, max_rows + 1)]
+        host_s, overlaps = self._host_s, self._overlaps
+        rates = [
+            rows / (max(pass_s, host_s) if overlaps else pass_s + host_s)
+            for rows, pass_s in enumerate(passes_s, start=1)
+        ]
         enough = SATURATION * max(rates)
         return next(rows for rows, rate in enumerate(rates, start=1) if rate >= enough)
 
@@ -205,6 +219,10 @@ class CostModel:
         """Learn from the decoding and encoding of one image."""
         self._decodes += 1
         self._decode_s += max(DECODE_SMOOTHING, 1.0 / self._decodes) * (seconds - self._decode_s)
+
+    def observe_image(self, rows: float) -> None:
+        """Learn from the rows of all steps of an image that is done."""
+        self._image_rows += (DECODE_SMOOTHING if self._image_rows else 1.0) * (rows - self._image_rows)
 
     def _between_neighbours(self, rows: int, seconds: float) -> float:
         """Return the seconds of a new size, not outside those of the next smaller and larger sizes.

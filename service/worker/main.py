@@ -45,6 +45,9 @@ from ditserve.service.worker.reload import Reload, begin_anew
 from ditserve.service.worker.worker import Worker
 
 WARM_UP_S = 0.8
+# A thread of Python hands over to another that waits after so long. The engine's waits after every step, and
+# beside it run the event loop and the encoding of images. The default, 5 ms, is as long as many a step.
+SWITCH_S = 0.0005
 
 Report = Callable[[str], None]  # takes the worker's current activity
 Opener = Callable[[Report, asyncio.Event, Broker], Awaitable[dict[str, Backend] | None]]
@@ -58,6 +61,7 @@ def run(settings: Settings) -> int:
     An error that no restart can mend is one sentence on stderr and status 2. Status 1: another start may
     help. While Redis is away the worker waits for it.
     """
+    sys.setswitchinterval(SWITCH_S)
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
         if settings.redis_url is None:

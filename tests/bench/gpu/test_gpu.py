@@ -52,7 +52,7 @@ def test_every_part_measures_at_the_size_of_a_toy_and_is_not_run_again(tmp_path:
     assert points["torch fp8: picture beside the CPU's"]["passed"]
     assert points["toy compiled fp8 3"]["rows"] == 3
     assert points["toy compiled fp8 3"]["share"] > 0
-    assert points["1 worker(s), 2/s"]["images_per_s"] > 0
+    assert points["onnx, 1 worker(s), 2/s"]["images_per_s"] > 0
     assert points["bf16"]["images_per_s"] > 0
     written = (tmp_path / "gpu.md").read_text()
     assert "| toy compiled fp8 3 |" in written
@@ -84,6 +84,15 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(gpu, "_DEVICE", "import no_such_torch")
     assert gpu.main(["--all", "--out", str(tmp_path)]) == 2
     assert "torch cannot be used: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--all", "--toy", "--out", str(tmp_path / "out"), "--bundle", str(tmp_path)]
+    assert gpu.main(words) == 2
+    assert f"{tmp_path} is no bundle: it has no manifest.json" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text("{")
+    assert gpu.main(words) == 2
+    assert "manifest.json cannot be read: it names no version of a model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--all", "steps"], ["nothing"], ["--all", "--minutes", "0"]])

@@ -160,3 +160,18 @@ def test_a_compiled_backbone_draws_the_same(
     np.testing.assert_allclose(drawn, expected, atol=1e-5)
     np.testing.assert_allclose(compiled.denoise(x, state), plain, atol=0)
     assert np.abs(plain - drawn)[0].max() > 1e-3
+
+
+def test_in_half_precision_rows_are_drawn_with_their_adapters(bundle: Bundle, backend: TorchBackend) -> None:
+    half = TorchBackend(bundle, adapters=adapter_files(bundle.path / "adapters"), precision="bf16")
+    x = np.random.default_rng(0).standard_normal((3, 3, 8, 8), np.float32)
+    state = backend.modulate(
+        np.array([900.0, 500.0, 3.0], np.float32), backend.embed(np.array([[0, 1], [1, 0], [4, 1]]))
+    )
+    rows = [USES["both"], (), USES["noir"]]
+    drawn: list[np.ndarray] = []
+    for each in (backend, half):
+        with each.adapters.applied(rows):  # type: ignore[union-attr]
+            drawn.append(each.denoise(x, state))
+    assert np.linalg.norm(drawn[1] - drawn[0]) / np.linalg.norm(drawn[0]) < 4e-2
+    assert np.abs(half.denoise(x, state) - drawn[1])[0].max() > 1e-3

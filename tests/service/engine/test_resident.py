@@ -16,6 +16,7 @@ from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.source import SourceLatent
 from ditserve.service.backends.resident import MOST_STEPS
 from ditserve.service.backends.torch import TorchBackend
+from ditserve.service.engine import engine as engine_module
 from ditserve.service.engine import resident
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
@@ -159,8 +160,15 @@ def test_a_sample_moves_between_rungs_as_on_the_host(
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp-2m", "unipc-2"])
 def test_a_sample_moves_under_way_as_on_the_host(
-    solver: str, make_engine: Make, make_planner: Make, make_request: Make, make_rung: Make
+    solver: str,
+    monkeypatch: pytest.MonkeyPatch,
+    make_engine: Make,
+    make_planner: Make,
+    make_request: Make,
+    make_rung: Make,
 ) -> None:
+    # It moves at the same step: the planner is asked before each.
+    monkeypatch.setattr(engine_module, "HELD_S", 0.0)
     requests = [make_request(rung=make_rung(solver, 20, "uniform-t")), make_request("b/0", seed=8)]
     after = make_rung("dpmpp-2m", 8, "trailing", (0.2, 0.8))
 
@@ -258,6 +266,7 @@ def test_without_memory_for_a_batch_the_cap_falls_and_no_number_is_lost(
     engine = make_engine(backend)
     assert_same(finished(run(engine, mixed)), finished(run(make_engine(), mixed)))
     assert engine.scheduler.max_rows == 4
+    assert max(backend.batches) <= 4
     # A device without room for a guided sample keeps none.
     backend = DeviceBackend(buckets=(1, 2, 4, 8), memory_rows=1)
     assert_same(finished(run(make_engine(backend), mixed)), finished(run(make_engine(), mixed)))
@@ -298,7 +307,7 @@ def test_a_step_costs_the_host_two_small_copies_a_turn_one_launch_and_one_flag(
     make_engine: Make, make_request: Make, make_rung: Make, long_turns: None
 ) -> None:
     backend = DeviceBackend()
-    engine, rung = make_engine(backend, max_rows=16), make_rung("unipc-2", 48, "uniform-t")
+    engine, rung = make_engine(backend, max_rows=16), make_rung("unipc-2", 6 * MOST_STEPS, "uniform-t")
     for k in range(16):
         engine.add(make_request(f"{k}/0", colour=k % 3, guidance_scale=1.0, rung=rung))
     engine.step()
@@ -317,3 +326,41 @@ def test_a_step_costs_the_host_two_small_copies_a_turn_one_launch_and_one_flag(
     assert (counts.allocations, counts.captures) == (before.allocations, before.captures)
     # Beside the launches torch copies those, and sets the counter to zero.
     assert outside.names == {"aten.copy_.default", "aten.zero_.default"}
+
+
+def test_samples_that_step_together_are_not_planned_again_until_something_changes(
+    make_engine: Make, make_planner: Make, make_request: Make, make_rung: Make
+) -> None:
+    now, planner = [0.0], make_planner()
+    engine = make_engine(DeviceBackend(), planner=planner, clock=lambda: now[0])
+    engine.add(make_request("a/0", rung=make_rung("ddim", 20)))
+    engine.step()
+    engine.step()
+    assert len(planner.seen) == 1
+    engine.add(make_request("b/0", rung=make_rung("ddim", 20)))
+    engine.step()
+    assert len(planner.seen) == 2
+    engine.cancel("b/0")
+    engine.step()
+    assert len(planner.seen) == 3
+    engine.step()
+    now[0] += engine_module.HELD_S
+    engine.step()
+    assert len(planner.seen) == 4
+
+
+def test_a_batch_that_is_held_together_is_planned_anew_where_memory_runs_out(
+    make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    backend = DeviceBackend(buckets=(1, 2, 4, 8))
+    engine = make_engine(backend, clock=lambda: 0.0)
+    rung = make_rung("ddim", 12, "uniform-t", (0.0, 0.5))
+    requests = [make_request(f"{k}/0", seed=k, rung=rung) for k in range(4)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    # From half of the way on they are guided: eight rows, for which there is no room any more.
+    backend.memory_rows = 4
+    made = finished(run(engine))
+    assert_same(made, finished(run(make_engine(), requests)))
+    assert engine.condition_caches[0].modulations.hits > 0

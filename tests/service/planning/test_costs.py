@@ -250,3 +250,28 @@ def test_whatever_is_observed_time_is_positive_and_rows_are_not_free(
     assert costs.fixed_s >= 0 < costs.per_row_s
     assert all(costs.predict(rows) > 0 for rows in (1, 2, 7, 64, 500))
     assert 1 <= costs.saturation_rows(max_rows) <= max_rows
+
+
+def test_rows_cost_no_less_than_the_images_that_are_made_of_them() -> None:
+    costs = CostModel(fixed_s=0.001, per_row_s=0.0004)
+    assert costs.line(10) == pytest.approx((0.001, 0.0004))
+    costs.observe_decode(0.024)
+    assert costs.line(10) == pytest.approx((0.001, 0.0004)), "the rows of an image are not known"
+    costs.observe_image(30)
+    fixed_s, per_row_s = costs.line(10)
+    assert fixed_s + 10 * per_row_s == pytest.approx(0.008)
+    costs.observe_image(300)
+    assert costs.line(10)[1] < per_row_s
+    assert costs.predict(10) == pytest.approx(0.005), "a step takes no longer"
+
+
+def test_a_step_beside_which_the_host_works_takes_the_longer_of_the_two() -> None:
+    """A device takes 1 ms and 0.1 ms a row; the host takes 2 ms a step, whatever its rows."""
+    costs = CostModel()
+    for _ in range(200):
+        for rows in (1, 8, 32):
+            device_s = 0.001 + 0.0001 * rows
+            costs.observe(rows, max(device_s, 0.002), 0.002, device_s=device_s)
+    assert costs.predict(1) == pytest.approx(0.002, rel=0.05)
+    assert costs.predict(8) == pytest.approx(0.002, rel=0.05)
+    assert costs.predict(32) == pytest.approx(0.0042, rel=0.05)

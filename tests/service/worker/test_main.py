@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def test_what_is_not_set_is_the_backends_choice(make_backend: Make) -> None:
         "device": "cuda:1",
         "compile": True,
     }
+
+
+def test_a_worker_s_threads_hand_over_sooner_than_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[float] = []
+    monkeypatch.setattr(sys, "setswitchinterval", chosen.append)
+    assert main.run(settings()) == 2, "no queue is named"
+    assert chosen == [main.SWITCH_S]
+    assert sys.getswitchinterval() > main.SWITCH_S
 
 
 @pytest.mark.parametrize(
