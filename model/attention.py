@@ -118,6 +118,8 @@ def paint(options: argparse.Namespace) -> Image.Image:
     height, width = model.config.image_size
     if loaded.manifest.decoder != "identity":
         raise SampleError("attention is painted over pixels: this model works on latents")
+    if getattr(model.config, "merge_tokens", 0.0):
+        raise SampleError("merged tokens have no place in a picture: paint the model without merge_tokens")
     y, x = options.query or (height // 2, width // 2)
     check_sheet(1, height * options.zoom, width * options.zoom)
     if not (0 <= y < height and 0 <= x < width):
@@ -128,6 +130,10 @@ def paint(options: argparse.Namespace) -> Image.Image:
     embedding = embed_terms(model, [term], encoder_of(loaded.manifest, [term], options.encoder))[0][None]
     x0 = draw_sample(loaded, embedding, options.seed)
     maps = _maps_of_noised(loaded, x0, embedding, options)
+    if not maps:
+        raise SampleError(
+            "no block of this network has tokens that attend to tokens: there is nothing to paint"
+        )
     chosen = [maps[k] for k in sorted({0, len(maps) // 2, len(maps) - 1})]
     picture = to_pixels(x0)[0]
     above, below = [], []

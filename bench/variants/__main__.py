@@ -8,8 +8,9 @@ emoji classifier's features to the training pictures, and a row is timed in torc
 judged with a part of its tokens merged, without training. Last, a row alone is measured at 1,024 to 16,384
 tokens, in networks of two blocks that are not trained, each in a process of its own.
 
-What was trained and judged is not done again: a run of hours may be stopped, and goes on with the same
-command. Writes bench/results/variants.json, variants.md, variants.png and variants-trained.png.
+Without `--data` nothing is trained, and only a row alone is measured. What was trained and judged is not done
+again: a run of hours may be stopped, and goes on with the same command. Writes variants.json, variants.md,
+variants.png and variants-trained.png into bench/results.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from rich.console import Console
+from torch import Tensor
 
 from ditserve.bench import report
 from ditserve.bench.variants.forward import ForwardCost, forward_costs
 from ditserve.bench.variants.table import VariantResult, draw, markdown
 from ditserve.model.evaluation.classifier_network import CLASSIFIER, open_classifier
-from ditserve.model.evaluation.features import FeatureNetwork, classifier_features
+from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
@@ -90,31 +92,40 @@ def trained_variants(runs: Sequence[FamilyRun]) -> Iterator[TrainedVariant]:
                 yield TrainedVariant(f"{run.title}, {share:.0%} merged", run, share)
 
 
-def judge(variant: TrainedVariant, features: FeatureNetwork, pictures: int) -> float:
-    """Return the Fréchet distance between pictures of the network and its training pictures."""
-    model = variant.load()
-    plan = EvaluationPlan(
-        limit=pictures, per_pair=None, reference=10_000, steps=STEPS, solver=SOLVER, grid=GRID,
-        guidance_scale=1.0, guidance_interval=(0.0, 1.0), seed=0,
-    )  # fmt: skip
-    dataset = open_data(model, variant.run.config.data.path)
-    rows = choose_rows(dataset, plan)
-    kept = {name: rows[name] for name in (TRAINING, GENERATED)}
-    decoder = open_decoder(model.manifest, None)
-    sets = collect_sets(model, decoder, dataset, features, plan, kept)
-    return frechet_distance(sets[GENERATED].features.pooled, sets[TRAINING].features.pooled)
+class Judge:
+    """The Fréchet distance to the training pictures, whose features are computed once."""
+
+    def __init__(self, pictures: int) -> None:
+        self.pictures, self.real = pictures, dict[Path, Tensor]()
+        self.features = classifier_features(open_classifier(CLASSIFIER))
+
+    def distance(self, variant: TrainedVariant) -> float:
+        """Return the distance between pictures that the network draws and those that it was trained on."""
+        model, path = variant.load(), variant.run.config.data.path
+        plan = EvaluationPlan(
+            limit=self.pictures, per_pair=None, reference=10_000, steps=STEPS, solver=SOLVER, grid=GRID,
+            guidance_scale=1.0, guidance_interval=(0.0, 1.0), seed=0,
+        )  # fmt: skip
+        dataset, decoder = open_data(model, path), open_decoder(model.manifest, None)
+        rows = choose_rows(dataset, plan)
+        wanted = [GENERATED] if path in self.real else [TRAINING, GENERATED]
+        kept = {name: rows[name] for name in wanted}
+        sets = collect_sets(model, decoder, dataset, self.features, plan, kept)
+        if path not in self.real:
+            self.real[path] = sets[TRAINING].features.pooled
+        return frechet_distance(sets[GENERATED].features.pooled, self.real[path])
 
 
-def judge_all(variants: Sequence[TrainedVariant], folder: Path, pictures: int) -> dict[str, float]:
+def judge_all(variants: Sequence[TrainedVariant], folder: Path, judge: Judge) -> dict[str, float]:
     """Judge the variants that are not in judged.json yet; return the distances of all."""
-    file, features = folder / JUDGED, classifier_features(open_classifier(CLASSIFIER))
+    file = folder / JUDGED
     judged: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    keys = {variant.title: f"{variant.title}, {judge.pictures} pictures" for variant in variants}
     for variant in variants:
-        key = f"{variant.title}, {pictures} pictures"
-        if key not in judged:
-            judged[key] = judge(variant, features, pictures)
+        if keys[variant.title] not in judged:
+            judged[keys[variant.title]] = judge.distance(variant)
             write_atomic(file, (json.dumps(judged, indent=1) + "\n").encode())
-    return {variant.title: judged[f"{variant.title}, {pictures} pictures"] for variant in variants}
+    return {title: judged[key] for title, key in keys.items()}
 
 
 @torch.no_grad()
@@ -181,7 +192,7 @@ def train_and_judge(options: argparse.Namespace) -> list[VariantResult]:
             given = Family.model_validate({**given.model_dump(), "flops": options.flops})
     except ValidationError as error:
         raise ValueError(f"{options.family}: {first_mistake(error)}") from None
-    records, distances = [], []
+    records, distances, judge = [], [], Judge(options.pictures)
     for seed in range(options.seeds):
         family = given.model_copy(update={"set": (*given.set, f"seed={seed}")})
         folder = options.out / f"seed-{seed}"
@@ -189,14 +200,16 @@ def train_and_judge(options: argparse.Namespace) -> list[VariantResult]:
         with claim(folder, SCALING, apart=tuple({run.config.data.path for run in runs})):
             records.append(measure_family(family, runs, folder))
             variants = list(trained_variants(runs))
-            distances.append(judge_all(variants, folder, options.pictures))
+            distances.append(judge_all(variants, folder, judge))
     return results(variants, records, distances)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser("variants", __doc__)
-    parser.add_argument("--data", type=named_path, required=True, help="the emoji data of 64 pixels")
-    parser.add_argument("--out", type=named_path, required=True, help="folder of the training runs")
+    parser.add_argument(
+        "--data", type=named_path, help="the emoji data of 64 pixels; none: nothing is trained"
+    )
+    parser.add_argument("--out", type=named_path, default=Path("runs/variants"), help="of the training runs")
     parser.add_argument("--family", type=named_path, default=FAMILY, help="a JSON file of networks")
     parser.add_argument("--flops", type=finite, help="of training, for each network (the family's)")
     parser.add_argument("--seeds", type=positive, default=1, help="trainings of each network")
@@ -217,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         torch.set_num_threads(options.threads)
-        trained = train_and_judge(options)
+        trained = train_and_judge(options) if options.data else []
         forward: list[ForwardCost] = list(forward_costs(options.sides, options.threads))
         text = markdown(trained, forward, options)
         console.print(text, markup=False)

@@ -59,14 +59,14 @@ UNET: Mapping[str, Any] = {
 }
 # A loop over the tokens is timed no further.
 MOST_SCANNED = 1024
-# A row is also trained on up to so many tokens.
+# A row is also trained on, and timed several times, up to so many tokens.
 MOST_TRAINED = 1024
 TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardCost:
-    """The cost of a row: the fastest of some passes, and the growth of resident memory during one."""
+    """The cost of a row: the fastest of its passes, and the growth of resident memory during one."""
 
     network: str
     tokens: int
@@ -101,9 +101,10 @@ def measure_forward(name: str, side: int, threads: int) -> ForwardCost:
         before = _resident("VmRSS")
         seconds = [_seconds(network, x, state)]
         grown = _resident("VmHWM") - before
-        seconds += [_seconds(network, x, state) for _ in range(TURNS - 1)]
+        is_small = side * side <= MOST_TRAINED
+        seconds += [_seconds(network, x, state) for _ in range((TURNS - 1) * is_small)]
     training = None
-    if side * side <= MOST_TRAINED:
+    if is_small:
         training = min(_seconds(network, x, state, backward=True) for _ in range(TURNS))
     return ForwardCost(
         network=name,

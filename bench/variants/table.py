@@ -40,20 +40,25 @@ def markdown(
 ) -> str:
     """Return the two tables, of what was trained and of a row alone."""
     flops = f"{options.flops:.3g}" if options.flops else f"the operations that `{options.family.name}` says"
-    parts = [
-        "# Variants of the network",
-        f"Each network was trained with {flops}, on {report.machine()['processor']}, {options.threads} of "
-        f"{os.cpu_count()} cores at a load average of {os.getloadavg()[0]:.1f}. Loss: of held-out pairs. "
-        f"Fréchet: of {options.pictures} pictures. Both over {options.seeds} seed(s). The shares after the "
-        "multiply-adds are those of attention and of convolutions. Times are the processor's. Memory: of a "
-        "row's activations, when it is drawn and when it is trained.",
-        _trained_table(trained),
+    machine = (
+        f"On {report.machine()['processor']}, {options.threads} of {os.cpu_count()} cores at a load average "
+        f"of {os.getloadavg()[0]:.1f}. Times are the processor's."
+    )
+    parts = ["# Variants of the network", machine]
+    if trained:
+        parts += [
+            f"Each network was trained with {flops}. Loss: of held-out pairs. Fréchet: of {options.pictures} "
+            f"pictures. Both over {options.seeds} seed(s). The shares after the multiply-adds are those of "
+            "attention and of convolutions. Memory: of a row's activations, when it is drawn and trained.",
+            _trained_table(trained),
+            "![Distance and time of a row](variants-trained.png)",
+        ]
+    parts += [
         "A row alone, in networks of two blocks of width 192 that are not trained: milliseconds, the growth "
         f"of resident memory, and milliseconds of training it. {SCAN.capitalize()}: a loop over the tokens, "
         "which is why it is no option of the network.",
         _forward_table(forward),
         "![Time and memory of a row by its tokens](variants.png)",
-        "![Distance and time of a row](variants-trained.png)",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -54,7 +54,7 @@ def test_all_variants_stand_in_one_table(
     assert sum(line.startswith("|windows|") for line in text.splitlines()) == 1
     assert (tmp_path / "results/variants.png").is_file()
     assert (tmp_path / "results/variants-trained.png").is_file()
-    monkeypatch.setattr(command, "judge", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(command.Judge, "distance", lambda *_: pytest.fail("judged again"))
     trained = sorted((tmp_path / "out").rglob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in trained]
     assert command.main(arguments) == 0

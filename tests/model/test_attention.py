@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from ditserve.model.attention import attention_maps, main, overlay
 from ditserve.model.nets.dit import Block, DiT
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.dit_config import DiTConfig
+from tests.model.conftest import write_bundle
 from tests.model.nets.unet_cases import TINY_UNET
 
 Tiny = Callable[..., DiTConfig]
@@ -102,3 +103,33 @@ def test_errors_are_one_sentence(
 ) -> None:
     assert main([str(bundle), "-o", str(tmp_path / "out.png"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"merge_tokens": 0.5}, "paint the model without merge_tokens"), ({"attention": "channel"}, "to paint")],
+)
+def test_networks_without_maps_of_tokens_are_refused(
+    tiny: Tiny,
+    network: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    bundle = write_bundle(network(tiny(**changes)), tmp_path / "bundle")
+    assert main([str(bundle), "-o", str(tmp_path / "out.png")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_maps_of_kinds_and_levels_are_probabilities(tiny: Tiny, network: Make) -> None:
+    """Merged levels have the coarser grid; a window's map is zero outside of it."""
+    shape = tiny(levels=(0, 1, 0), attention=("window:2", "full", "low_rank:3"))
+    dit = network(shape)
+    state = dit.modulate(torch.tensor([500.0]), dit.embed(torch.zeros(1, 2, dtype=torch.int64)))
+    maps = attention_maps(dit, torch.randn(1, 3, 8, 8), state)
+    assert [(each.rows, each.columns) for each in maps] == [(4, 4), (2, 2), (4, 4)]
+    for each in maps:
+        assert torch.allclose(each.weights.sum(-1), torch.ones(1), atol=1e-5)
+    heat = maps[0].heat()
+    assert heat[0, 0, :2, :2].sum() == pytest.approx(1.0, abs=1e-5)
