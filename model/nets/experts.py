@@ -62,8 +62,10 @@ class ExpertMlp(nn.Module):
         taken = h.flatten(0, 1)[rows].unflatten(0, (self.experts, -1))  # (E, N·C, D)
         out = self.fc2(F.gelu(self.fc1(taken), approximate="tanh")).flatten(0, 1)  # (E·N·C, D)
         out = out * weights.transpose(0, 1).reshape(-1, 1).to(out.dtype)
-        summed = torch.zeros(n * t, d, dtype=out.dtype, device=h.device)
-        summed = summed.index_add(0, rows, out).unflatten(0, (n, t))  # (N, T, D)
+        # The sum is in fp32 at least: ONNX Runtime adds no halves on a CPU.
+        wide = torch.promote_types(out.dtype, torch.float32)
+        summed = torch.zeros(n * t, d, dtype=wide, device=h.device)
+        summed = summed.index_add(0, rows, out.to(wide)).to(out.dtype).unflatten(0, (n, t))  # (N, T, D)
         return summed if self.shared is None else cast(Tensor, summed + self.shared(h))
 
 

@@ -100,6 +100,18 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     assert not doubles
 
 
+@torch.no_grad()
+def test_experts_in_half_precision_run_on_a_cpu() -> None:
+    network = tiny_source(replace(PLAIN, depth=1, experts=4)).network
+    x, labels = torch.randn(3, 3, 16, 12), torch.tensor([[0], [2], [4]])
+    state = network.modulate(torch.tensor([1.0, 500.0, 900.0]), network.embed(labels))
+    session = ort.InferenceSession(backbone_graph(half_network(network, "fp16")).SerializeToString())
+    names = [entry.name for entry in session.get_inputs()]
+    given = dict(zip(names, [tensor.numpy() for tensor in (x, *state)], strict=True))
+    exact, (half,) = network.backbone(x, state), session.run(None, given)
+    assert float((torch.from_numpy(half) - exact).norm() / exact.norm()) < 0.01
+
+
 def test_a_cpu_gets_few_channels_by_a_transposed_convolution(tmp_path: Path) -> None:
     """The convolution of the patches and a wide one stay as they are."""
     source = tiny_source(replace(PLAIN, depth=1, head_channels=6))

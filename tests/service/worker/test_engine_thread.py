@@ -11,11 +11,14 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ditserve.service.queue.clock import QueueClock
 from ditserve.service.worker import engine_thread
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread, ProcessorWaits
+from tests.service.engine.imitated_device import DeviceBackend
+from tests.service.engine.stepping import finished, run
 
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]
@@ -100,3 +103,37 @@ def test_a_thread_for_which_no_processor_is_free_has_waited() -> None:
         neighbour.kill()
         neighbour.wait()
     assert 0.05 <= waited[0] < 20.0
+
+
+async def test_a_device_s_last_turn_is_reported_and_the_thread_then_waits(
+    make_engine: Callable[..., Any],
+    make_request: Callable[..., Any],
+    wait_until: Callable[..., Awaitable[None]],
+) -> None:
+    """Rows on a device are heard of one turn late; nobody else joins who would bring that about."""
+    reports: list[EngineReport] = []
+    engine = make_engine(DeviceBackend(), clock=time.monotonic)
+    engine.warm_up(0.1)
+    thread = EngineThread(
+        engine,
+        deliver=reports.append,
+        observe=lambda report: None,
+        on_broken=lambda: None,
+        clock=QueueClock(),
+        max_rows=8,
+    )
+    thread.start()
+    requests = [make_request(f"{k}/0", seed=k) for k in range(3)]
+    thread.add([(request, None) for request in requests])
+
+    def done() -> set[str]:
+        return {sample.id for report in reports for sample in report.step.finished}
+
+    await wait_until(lambda: done() == {request.id for request in requests})
+    await wait_until(lambda: engine.idle)
+    assert thread.stop(10.0)
+    assert not any(report.crashed for report in reports)
+    made = {sample.id: sample.latent for report in reports for sample in report.step.finished}
+    expected = finished(run(make_engine(), requests))
+    for name, latent in made.items():
+        np.testing.assert_array_equal(latent, expected[name].latent)
