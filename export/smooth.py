@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.parity import forward
-from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.blocks import Block
+from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.dit_config import MODULATIONS
 
 # The candidates for α; 0 leaves the model as it is.

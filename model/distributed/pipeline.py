@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.blocks import Block
+from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.mixing import assign_blocks
 
 LossOfRows = Callable[[Tensor, Tensor], Tensor]

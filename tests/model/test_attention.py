@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ditserve.model.attention import attention_maps, main, overlay
-from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.blocks import Block
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.dit_config import DiTConfig
 from tests.model.conftest import write_bundle

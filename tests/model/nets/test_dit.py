@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.blocks import Block
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.layers import sincos_positions
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, published_config
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ditserve.model.nets import low_precision
-from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.blocks import Block
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.layers import Attention, padded_attention
 from ditserve.model.nets.low_precision import Fp8Linear, fp8_objection, lower_precision, quantized_rows
 from ditserve.model.spec.dit_config import DiTConfig

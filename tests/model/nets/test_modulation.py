@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.blocks import Block
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.layers import layer_norm
 from ditserve.model.spec.dit_config import DiTConfig
 
