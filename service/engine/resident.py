@@ -21,7 +21,7 @@ from ditserve.service.backends.resident import MOST_STEPS, KeepsRows, ResidentRo
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.latent_pool import Floats
 from ditserve.service.engine.resident_pool import ResidentPool
-from ditserve.service.engine.samples import Failed, Finished, Preview, Sample, not_finite
+from ditserve.service.engine.samples import Failed, Finished, Preview, Sample, StepReport, not_finite
 from ditserve.service.engine.scheduler import Batch, Scheduler
 from ditserve.service.engine.turn_layout import TurnLayout, TurnWriter
 
@@ -68,6 +68,19 @@ class Landing:
     device_s: float
     waited_s: float
     at: float
+
+    def report(self, seconds: float, predicted_s: float) -> StepReport:
+        """Return the report of this turn, of which a step took `seconds`; see `StepReport`."""
+        return StepReport(
+            self.finished,
+            self.failed,
+            self.previews,
+            stop_reason=self.flight.batch.stop_reason,
+            rows=self.flight.rows,
+            seconds=seconds,
+            predicted_s=predicted_s,
+            steps=self.flight.steps,
+        )
 
 
 class ResidentPass:
