@@ -96,14 +96,16 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def _forward_table(forward: Sequence[ForwardCost]) -> str:
     tokens = sorted({each.tokens for each in forward})
+    trained = sorted({each.tokens for each in forward if each.training_ms is not None})
+    figures = (("ms", _milliseconds, tokens), ("MiB", _mebibytes, tokens), ("trained ms", _training, trained))
     rows = []
     for name in dict.fromkeys(each.network for each in forward):
         costs = {each.tokens: each for each in forward if each.network == name}
         cells = [name]
-        for figure in (_milliseconds, _mebibytes, _training):
-            cells += [figure(costs[count]) if count in costs else "" for count in tokens]
+        for _, figure, counts in figures:
+            cells += [figure(costs[count]) if count in costs else "" for count in counts]
         rows.append("|".join(cells))
-    head = [f"{unit}, {count:,}" for unit in ("ms", "MiB", "trained ms") for count in tokens]
+    head = [f"{unit}, {count:,}" for unit, _, counts in figures for count in counts]
     return _table("|".join(["network", *head]), rows)
 
 

@@ -75,7 +75,7 @@ def check_divisible(network: nn.Module, size: int) -> DiT:
     whole += ["conv_mlp"] if config.conv_mlp else []
     whole += ["experts"] if config.experts else []
     if whole:
-        raise ValueError(f"parallel.tensor {size} cannot divide {whole[0]}: leave it at 1")
+        raise ValueError(f"parallel.tensor {size} does not divide {whole[0]}: leave it at 1")
     for count, what in ((config.num_heads, "num_heads"), (_mlp_channels(network), "the MLP's width")):
         if count % size:
             raise ValueError(f"parallel.tensor {size} does not divide {what} {count}: change one of them")
