@@ -91,7 +91,7 @@ class Engine:
             for name, (network, caches, _) in {"": (backend, conditions, 1.0), **further}.items()
         }
         caches = {name: forward.conditions for name, forward in self._passes.items()}
-        self._factory = SampleFactory(backend, caches, ladder, schedule)
+        self._factory = SampleFactory(backend, caches, ladder, schedule, clock)
         height, width = backend.manifest.config.image_size
         row_costs = {name: backbone.row_cost for name, backbone in further.items()}
         # A bundle with further backbones has its rows on the host: a trajectory leads from one to another.
@@ -202,7 +202,7 @@ class Engine:
             raise ValueError(f"sample {request.id} is running already")
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
-        sample, latent, history = self._factory.make(request, snapshot, now=self.clock())
+        sample, latent, history = self._factory.make(request, snapshot)
         group = self._groups.admit(sample, latent, history)
         if not sample.one_row:
             for forward in self._passes.values():

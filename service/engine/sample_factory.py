@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
@@ -37,18 +37,24 @@ class SampleFactory:
         backend: the bundle's own network.
         caches: of every network by its name, "" for the bundle's own.
         schedule: the noise schedule the bundle was trained with.
+        clock: returns seconds; a sample waits for its first step from when its conditions are there.
     """
 
     def __init__(
-        self, backend: Backend, caches: Mapping[str, ConditionCaches], ladder: Ladder, schedule: Schedule
+        self,
+        backend: Backend,
+        caches: Mapping[str, ConditionCaches],
+        ladder: Ladder,
+        schedule: Schedule,
+        clock: Callable[[], float],
     ) -> None:
         config = backend.manifest.config
         self._channels, self._own_size = config.in_channels, config.image_size
         self._size_multiple, self._caches = backend.size_multiple, caches
-        self._ladder, self._schedule = ladder, schedule
+        self._ladder, self._schedule, self._clock = ladder, schedule, clock
         self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
 
-    def make(self, request: SampleRequest, snapshot: Snapshot | None, *, now: float) -> NewSample:
+    def make(self, request: SampleRequest, snapshot: Snapshot | None) -> NewSample:
         """Return the sample of a request, from noise or where a snapshot of it stands.
 
         Raises:
@@ -72,7 +78,9 @@ class SampleFactory:
         # The planner may move it up to the rung that it asks for, so that must be one as well.
         self._make_trajectory(request.requested, trajectory.scale, area=geometry.row_area)
         floor = self._floor(request)
-        sample = Sample(request, conditionings, trajectory, geometry=geometry, floor=floor, added_at=now)
+        sample = Sample(
+            request, conditionings, trajectory, geometry=geometry, floor=floor, added_at=self._clock()
+        )
         self._add_conditionings(sample)
         shape = (self._channels, *geometry.size)
         if request.source is not None and request.source.latent.shape != shape:
