@@ -31,7 +31,8 @@ from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends.resident import Slab
 from ditserve.service.backends.state import Floats
-from ditserve.service.backends.torch_rows import TorchRows, TorchStream
+from ditserve.service.backends.torch_rows import TorchRows
+from ditserve.service.backends.torch_stream import TorchStream
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.rung import Rung
 

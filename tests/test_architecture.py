@@ -84,7 +84,7 @@ OWNERS = {
 ONNX_RUNTIME = {"autoencoder", "onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
     "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
-    "torch": TORCH_BACKEND | {"service.backends.torch_rows"},
+    "torch": TORCH_BACKEND | {"service.backends.torch_rows", "service.backends.torch_stream"},
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".

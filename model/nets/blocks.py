@@ -22,11 +22,12 @@ from ditserve.model.nets.layers import (
     shift_and_scale,
 )
 from ditserve.model.nets.modulation import ConditionGate, ModulationTable
+from ditserve.model.nets.rotary import CosSin
 from ditserve.model.nets.token_merging import TokenMerging
 from ditserve.model.spec.attention_kinds import AttentionKind
 from ditserve.model.spec.dit_config import BlockKind, DiTConfig
 
-Rotary = tuple[Tensor, Tensor] | None
+Rotary = CosSin | None
 # Tokens (N, 1 + S, D) and the mask (N, 1, 1, 1 + S) of those that are there.
 Text = tuple[Tensor, Tensor]
 

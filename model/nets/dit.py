@@ -31,11 +31,11 @@ from ditserve.model.nets.layers import (
     check_images,
     check_rows,
     check_state,
-    rotary_tables,
     sincos_positions,
     unpatchify,
 )
 from ditserve.model.nets.modulation import ConditionGate
+from ditserve.model.nets.rotary import RotaryTables, RotaryTokens
 from ditserve.model.nets.token_merging import squares_apart, squares_together
 from ditserve.model.spec.dit_config import MODULATIONS, DiTConfig
 
@@ -72,6 +72,7 @@ class DiT(nn.Module):
         self.head = ConvHead(config.in_channels, config.head_channels) if config.head_channels else None
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", self._sincos(*config.grid_size), persistent=False)  # (T, D)
+        self.rotary_tables = RotaryTables(config.head_size, config.grid_size)
         self.initialise()
 
     def reset_positions(self) -> None:
@@ -254,11 +255,11 @@ class DiT(nn.Module):
         """
         if not self.config.rope:
             return None
-        spacing, side = self._spacing(rows, columns), 1 << level
-        cos, sin = rotary_tables(self.config.head_size, rows // side, columns // side, spacing)
-        front = h.shape[1] - rows * columns
-        cos, sin = F.pad(cos, (0, 0, front, 0), value=1.0), F.pad(sin, (0, 0, front, 0))
-        return cos.to(h.device), sin.to(h.device)
+        tokens = RotaryTokens((rows, columns), level, h.shape[1] - rows * columns, h.device)
+        # A trace computes them, because it may be for other sizes than its example's.
+        traced = self.symbolic_positions or torch.compiler.is_compiling()
+        tables = self.rotary_tables.make if traced else self.rotary_tables.get
+        return tables(tokens, self._spacing(rows, columns))
 
     def _sincos(self, rows: int, columns: int) -> Tensor:
         return sincos_positions(self.config.hidden_size, rows, columns, self._spacing(rows, columns))

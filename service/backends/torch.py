@@ -46,7 +46,8 @@ from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.resident import GRAPH_SIZES, Slab
 from ditserve.service.backends.state import StateArray, StateMemory
 from ditserve.service.backends.torch_precision import chosen_kernels, compile_if_faster, own_precision
-from ditserve.service.backends.torch_rows import CudaStream, TorchRows, TorchStream, computing
+from ditserve.service.backends.torch_rows import TorchRows
+from ditserve.service.backends.torch_stream import CudaStream, TorchStream, computing
 from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.images import from_pixels, to_pixels
 

@@ -29,7 +29,7 @@ from ditserve.model.spec.attention_kinds import FULL
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.measured_choice import FASTER, FASTER_FP8, quality_objection, speedup
-from ditserve.service.backends.torch_rows import CudaStream, TorchStream, computing
+from ditserve.service.backends.torch_stream import CudaStream, TorchStream, computing
 
 ROWS: Final = 8  # of the timed passes
 # Kernels of attention are made for heads whose width is a multiple of it.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
 from math import ceil
 from typing import Final
 
@@ -20,12 +19,12 @@ import numpy as np
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.windows import Size
 from ditserve.service.backends import Backend
-from ditserve.service.engine.conditions import ConditionCaches, Conditioning
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import Backbone, ForwardPass, Stepped
-from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.groups import Group, Groups
 from ditserve.service.engine.latent_pool import LatentPool
 from ditserve.service.engine.resident import ResidentPass, open_resident
+from ditserve.service.engine.sample_factory import SampleFactory
 from ditserve.service.engine.samples import (
     Failed,
     Finished,
@@ -37,23 +36,15 @@ from ditserve.service.engine.samples import (
 )
 from ditserve.service.engine.scheduler import Batch, Scheduler
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.engine.trajectory import Trajectory, make_trajectory, regrid_trajectory
 from ditserve.service.engine.warm_up import warm_up
-from ditserve.service.errors import (
-    DeadlineExceeded,
-    InternalError,
-    ModelReplaced,
-    ServiceError,
-)
+from ditserve.service.errors import DeadlineExceeded, InternalError, ServiceError
 from ditserve.service.fleet import DemandBucket
 from ditserve.service.planning.costs import CostModel, Waits
-from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Change, Planner
-from ditserve.service.rung import Rung
 
 # For so long a batch on a device that holds all samples goes on without being planned again.
 HELD_S: Final = 0.005
-TRAJECTORIES_KEPT: Final = 256  # from noise: most requests ask for the same few
 
 
 class Engine:
@@ -85,7 +76,6 @@ class Engine:
         self.backend, self.conditions, self.scheduler = backend, conditions, scheduler
         self.planner, self.ladder, self.costs = planner, ladder, costs
         self.schedule, self.clock, self.waited = schedule, clock, waited
-        self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
         self._samples: dict[str, Sample] = {}
         self._turn_began: float | None = None  # the end of the last step; None: it was idle since
         self._turn_waited = 0.0  # how long the thread had ever waited by then
@@ -100,6 +90,8 @@ class Engine:
             name: ForwardPass(network, caches, scheduler, rows=self._rows, clock=clock, waited=waited)
             for name, (network, caches, _) in {"": (backend, conditions, 1.0), **further}.items()
         }
+        caches = {name: forward.conditions for name, forward in self._passes.items()}
+        self._factory = SampleFactory(backend, caches, ladder, schedule, clock)
         height, width = backend.manifest.config.image_size
         row_costs = {name: backbone.row_cost for name, backbone in further.items()}
         # A bundle with further backbones has its rows on the host: a trajectory leads from one to another.
@@ -195,17 +187,7 @@ class Engine:
         waits = Waits(0.0, (waited - self._turn_waited) / flight.steps)
         self._turn_began, self._turn_waited = landing.at, waited
         self._groups.observe(group, flight.rows, seconds, host_s, waits=waits, device_s=landing.device_s)
-        return StepReport(
-            landing.finished,
-            landing.failed,
-            landing.previews,
-            (),
-            flight.batch.stop_reason,
-            flight.rows,
-            seconds,
-            predicted_s,
-            flight.steps,
-        )
+        return landing.report(seconds, predicted_s)
 
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None:
         """Let a sample join at the next step, from noise or where another engine of this bundle left it.
@@ -220,36 +202,8 @@ class Engine:
             raise ValueError(f"sample {request.id} is running already")
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
-        if unknown := {*request.rung.backbones, *request.requested.backbones} - self._passes.keys():
-            detail = f"The model has no network {min(unknown)} any more; send the request again."
-            raise ModelReplaced(detail, retry_after=1.0)
-        multiple = self.backend.size_multiple
-        own = self._groups.own.key.size
-        geometry = geometry_of(request.size, own=own, windows=request.windows, multiple=multiple)
-        if snapshot is not None and snapshot.latent.shape[1:] != geometry.size:
-            raise ValueError(f"the snapshot of sample {request.id} is of another size")
-        conditionings = {"": self._conditioning(request, "")}
-        if snapshot is None:
-            scale = request.guidance_scale if conditionings[""].can_be_guided else 1.0
-            trajectory = self._make_trajectory(request.rung, scale, area=geometry.row_area)
-        else:
-            trajectory = snapshot.trajectory(self.schedule)
-        # The planner may move it up to the rung that it asks for, so that must be one as well.
-        self._make_trajectory(request.requested, trajectory.scale, area=geometry.row_area)
-        floor = self._floor(request)
-        sample = Sample(
-            request, conditionings, trajectory, geometry=geometry, floor=floor, added_at=self.clock()
-        )
-        self._add_conditionings(sample)
-        shape = (self.backend.manifest.config.in_channels, *geometry.size)
-        if request.source is not None and request.source.latent.shape != shape:
-            raise ValueError(f"the picture of sample {request.id} is of another size")
-        start = sample.begin(shape, self.schedule)
-        if snapshot is None:
-            group = self._groups.admit(sample, start)
-        else:
-            snapshot.resume(sample)
-            group = self._groups.admit(sample, snapshot.latent, snapshot.estimates)
+        sample, latent, history = self._factory.make(request, snapshot)
+        group = self._groups.admit(sample, latent, history)
         if not sample.one_row:
             for forward in self._passes.values():
                 forward.reserve(group, sample.most_rows)
@@ -376,43 +330,13 @@ class Engine:
         changes = self.planner.plan(planned, now, self.costs, max_rows=max_rows, queued_rows=queued_rows)
         for change in changes:
             sample = self._samples[change.sample_id]
-            sample.follow(change, self._trajectory_on(sample, change.rung))
-            self._add_conditionings(sample)
+            self._factory.follow(sample, change)
             self._groups.regroup(sample)
             if sample.source is not None and not sample.taken:
                 # Its first step is at another level now.
                 pool, slot = self._groups.place(sample)
                 pool.put(slot, sample.source.start(sample.level, sample.rung.strength))
         return tuple(changes)
-
-    def _conditioning(self, request: SampleRequest, backbone: str) -> Conditioning:
-        """Return the conditions of a request for a backbone. Raises `InvalidRequest`."""
-        return self._passes[backbone].conditions.conditioning(
-            request.condition,
-            request.mix,
-            negative_prompt=request.negative_prompt,
-            guidance_embedded=request.guidance_embedded,
-            adapters=request.adapters,
-        )
-
-    def _add_conditionings(self, sample: Sample) -> None:
-        """Give a sample its conditions for the backbones that are new in its trajectory."""
-        for name in {*sample.trajectory.backbones} - sample.conditionings.keys():
-            sample.conditionings[name] = self._conditioning(sample.request, name)
-
-    def _trajectory_on(self, sample: Sample, rung: Rung) -> Trajectory:
-        """Return the way on from where the sample stands; steps already taken are never redone."""
-        scale, area = sample.trajectory.scale, sample.geometry.row_area
-        if not sample.taken:
-            return self._make_trajectory(rung, scale, area=area)
-        steps, schedule = steps_left(sample.remaining_steps, sample.rung, rung), self.schedule.for_area(area)
-        return regrid_trajectory(
-            rung, scale, schedule, level=sample.level, steps=steps, previous=sample.previous
-        )
-
-    def _floor(self, request: SampleRequest) -> Rung:
-        """Return the lowest rung that a request consents to."""
-        return self.ladder.lowest(request.rung, request.consent) if request.allow_degraded else request.rung
 
     def _make_pool(self, size: Size) -> LatentPool:
         manifest = self.backend.manifest

@@ -15,7 +15,7 @@ class ResidentPool:
     """The slots of the samples of the bundle's own size, and where the newest estimate of each lies."""
 
     def __init__(self, rows: ResidentRows, slots: int, shape: tuple[int, int, int]) -> None:
-        self.rows, self.shape = rows, shape
+        self.rows, self.slots, self.shape = rows, slots, shape
         self._free = list(range(slots))[::-1]
         self.newest = 2 * np.arange(slots)
         self._masked: set[int] = set()

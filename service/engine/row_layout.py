@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ditserve.service.backends.adapters import RowUses
-from ditserve.service.engine.conditions import ConditionerInput
 from ditserve.service.engine.embedding_cache import Condition
+from ditserve.service.engine.modulation_cache import ConditionerInput
 from ditserve.service.engine.samples import Sample
 
 

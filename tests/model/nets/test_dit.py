@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ditserve.model.nets import rotary
 from ditserve.model.nets.blocks import Block
 from ditserve.model.nets.dit import DiT
-from ditserve.model.nets.layers import sincos_positions
+from ditserve.model.nets.layers import rotary_tables, sincos_positions
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, published_config
 
 Tiny = Callable[..., DiTConfig]
@@ -388,3 +390,49 @@ def test_parameter_names_are_the_published(tiny: Tiny) -> None:
     assert names == {f"{name}.{part}" for name in linear for part in ("weight", "bias")} | {
         "y_embedder.tables.0.weight"
     }
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 4)])
+@pytest.mark.parametrize("changes", [{"blocks": "in_context"}, {"levels": (0, 1, 0)}])
+def test_rotary_tables_are_built_once(
+    tiny: Tiny, network: Make, changes: dict[str, Any], size: tuple[int, int]
+) -> None:
+    dit = network(tiny(rope=True, **changes))
+    levels = 1 + max(dit.level_plan)
+    _, t, labels, _ = inputs(dit.config)
+    x = torch.randn(4, 3, *size)
+    with mock.patch.object(rotary, "rotary_tables", wraps=rotary_tables) as build, torch.inference_mode():
+        first, second = dit(x, t, labels), dit(x, t, labels)
+        assert build.call_count == levels
+        copied = copy.deepcopy(dit)(x, t, labels)
+        assert build.call_count == levels
+        fresh = network(dit.config)
+        fresh.load_state_dict(dit.state_dict())
+        built = fresh(x, t, labels)
+        assert build.call_count == 2 * levels
+    for output in (second, copied, built):
+        assert torch.equal(first, output)
+    assert not any("rotary" in name for name in dit.state_dict())
+    # Tables of inference serve training as well, and those of one device are not taken for another's.
+    dit(x, t, labels).sum().backward()
+    meta = dit.to("meta")(x.to("meta"), t.to("meta"), labels.to("meta"))
+    assert meta.is_meta
+
+
+def test_rotary_tables_of_other_sizes_do_not_pile_up(tiny: Tiny, network: Make) -> None:
+    """Captured kernels read the tables of the network's own size, so those outlive all others."""
+    dit = network(tiny(rope=True))
+    h = torch.zeros(1, 1, 1)
+
+    def tables(rows: int) -> Tensor:
+        found = dit.rotary(rows, 4, h.expand(1, rows * 4, 1))
+        assert found is not None
+        return found[0]
+
+    own, other = tables(4), tables(5)
+    assert tables(5) is other
+    for rows in range(6, 6 + rotary.OTHERS_KEPT):
+        tables(rows)
+    assert tables(4) is own
+    assert tables(5) is not other
+    assert torch.equal(tables(5), other)

@@ -59,5 +59,5 @@ def test_a_network_that_overflows_in_fp16_is_refused_with_the_remedy(tmp_path: P
 
 
 def test_a_precision_that_torch_has_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="auto, fp32, bf16, fp16, not 'int8'"):
+    with pytest.raises(BackendUnavailable, match="auto, fp32, bf16, fp16, fp8, not 'int8'"):
         TorchBackend(bundle_of(tmp_path), precision="int8")

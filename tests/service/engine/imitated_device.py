@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditserve.service.backends import OutOfMemory
 from ditserve.service.backends.resident import Slab
-from ditserve.service.backends.torch_rows import TorchRows, TorchStream
+from ditserve.service.backends.torch_rows import TorchRows
+from ditserve.service.backends.torch_stream import TorchStream
 from tests.service.conftest import FakeBackend, Floats
 
 

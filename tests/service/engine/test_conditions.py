@@ -13,8 +13,9 @@ from ditserve.model.spec.manifest import StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
 from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.state import HostMemory, StateMemory
-from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput, SlotLru
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.embedding_cache import Condition
+from ditserve.service.engine.modulation_cache import ConditionerInput, SlotLru
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 
