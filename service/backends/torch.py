@@ -41,7 +41,6 @@ from ditserve.service.backends import (
     opening_pipeline,
 )
 from ditserve.service.backends.adapters import BackendAdapters, RowUses, adapted
-from ditserve.service.backends.autoencoder import open_autoencoder
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.resident import GRAPH_SIZES, Slab
 from ditserve.service.backends.state import StateArray, StateMemory
@@ -51,6 +50,8 @@ from ditserve.service.backends.torch_stream import CudaStream, TorchStream, comp
 from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.images import from_pixels, to_pixels
 
+# Imported: it loads ONNX Runtime.
+AUTOENCODER = "ditserve.service.backends.autoencoder"
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"
 
@@ -117,7 +118,7 @@ class TorchBackend:
         if (folder := bundle.path / PIPELINE / VAE).is_dir():
             self._decoder = self._open_decoder(folder, bundle.manifest)
         elif bundle.manifest.decoder != "identity":
-            self._graphs = open_autoencoder(bundle, threads=threads, cuda=self._device.type == "cuda")
+            self._graphs = self._open_autoencoder(bundle, threads)
         if isinstance(config, PipelineConfig):
             self._model: Any = self._open_pipeline(bundle, config)
         else:
@@ -182,6 +183,17 @@ class TorchBackend:
             decoder = import_module(f"{PIPELINES}.decoder")
             return decoder.PipelineDecoder(folder, manifest.latents, device=self._device)
 
+    def _open_autoencoder(self, bundle: Bundle, threads: int) -> Any:
+        """Open the graphs of the bundle's autoencoder."""
+        try:
+            graphs = import_module(AUTOENCODER)
+        except ModuleNotFoundError:
+            raise BackendUnavailable(
+                f"the autoencoder of {bundle.manifest.name} runs in ONNX Runtime, which is not installed: "
+                "pip install 'ditserve[cpu]'"
+            ) from None
+        return graphs.open_autoencoder(bundle, threads=threads, cuda=self._device.type == "cuda")
+
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with computing():
             sentences = None if text is None else self._tensor(text)
@@ -218,7 +230,7 @@ class TorchBackend:
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         if self._graphs is not None:
-            return self._graphs.decode(latents)
+            return cast(npt.NDArray[np.uint8], self._graphs.decode(latents))
         if self._decoder is None:
             return to_pixels(latents)
         with computing(), self._beside():
@@ -226,7 +238,7 @@ class TorchBackend:
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
         if self._graphs is not None:
-            return self._graphs.encode(pixels)
+            return cast(Floats, self._graphs.encode(pixels))
         if self._decoder is None:
             return from_pixels(pixels, self.manifest.config.in_channels)
         with computing(), self._beside():

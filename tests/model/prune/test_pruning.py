@@ -185,7 +185,7 @@ def test_mistakes_are_told_in_a_sentence(
 ) -> None:
     other = write_pictures(whole.parent / "other.npz", ("x", "y"))
     for arguments, sentence in (
-        (command(whole), "nothing is to be taken away: give --heads or --mlp"),
+        (command(whole), "nothing is to be taken away: give --heads, --mlp or --tokens"),
         (command(whole, "--heads", "1"), "--heads is the share"),
         (command(whole, "--heads", "0.5", "-o", str(whole)), "is the input itself"),
         (command(whole, "--mlp", "0.5", "--data", str(other)), "has other classes than the model"),

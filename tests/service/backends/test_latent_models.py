@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.service.backends import load_backend
+from ditserve.service.backends import BackendUnavailable, load_backend
 from tests.service.backends.random_rows import random_rows
 
 
@@ -24,3 +26,11 @@ def test_torch_draws_from_latents_what_onnx_runtime_does(
     np.testing.assert_array_equal(torch.encode(pixels), onnx.encode(pixels))
     torch.close()
     onnx.close()
+
+
+def test_torch_says_what_is_missing_without_onnx_runtime(
+    prompted_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ditserve.service.backends.autoencoder", None)
+    with pytest.raises(BackendUnavailable, match=r"ONNX Runtime.*pip install 'ditserve\[cpu\]'"):
+        load_backend("torch", Bundle.open(prompted_bundle), threads=1)

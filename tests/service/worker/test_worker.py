@@ -325,13 +325,15 @@ async def test_a_worker_claims_no_more_than_it_has_room_for(
 ) -> None:
     jobs = [make_fake_job() for _ in range(12)]
     gate.open.clear()
-    async with working(make_worker(broker, lookahead_rows=4)):  # 8 rows of a worthwhile batch, and 4 ahead
+    async with working(
+        make_worker(broker, lookahead_rows=4)
+    ):  # 8 rows of a worthwhile batch, and as many ahead
         for job in jobs:
             await broker.submit(job)
         await wait_until(gate.waiting.is_set)
-        await wait_until(lambda: queued(broker, 6))
-        load = await wait_until(lambda: one_worker(broker, 6))
-        assert load.queued_jobs == 6
+        await wait_until(lambda: queued(broker, 4))
+        load = await wait_until(lambda: one_worker(broker, 8))
+        assert load.queued_jobs == 4
         gate.open.set()
         for job in jobs:
             await wait(job)
@@ -367,13 +369,13 @@ async def test_a_newcomer_finds_a_place_in_a_worker_full_of_anothers_long_jobs(
     async with working(make_worker(broker, slots=24, lookahead_rows=4)):
         for job in long:
             await broker.submit(job)
-        await wait_until(lambda: queued(broker, 6))
+        await wait_until(lambda: queued(broker, 4))
         short = [make_fake_job(caller=f"caller-{k}", steps=5, cost_rows=10) for k in range(3)]
         for job in short:
             await broker.submit(job)
         for job in short:
             await wait(job)
-        assert await queued(broker, 6), "the flood has as many samples in the engine as before"
+        assert await queued(broker, 4), "the flood has as many samples in the engine as before"
         for job in long:
             await broker.cancel(job.id)
 
