@@ -325,9 +325,8 @@ async def test_a_worker_claims_no_more_than_it_has_room_for(
 ) -> None:
     jobs = [make_fake_job() for _ in range(12)]
     gate.open.clear()
-    async with working(
-        make_worker(broker, lookahead_rows=4)
-    ):  # 8 rows of a worthwhile batch, and as many ahead
+    # It wants 8 rows of a worthwhile batch, and as many ahead.
+    async with working(make_worker(broker, lookahead_rows=4)):
         for job in jobs:
             await broker.submit(job)
         await wait_until(gate.waiting.is_set)
