@@ -79,11 +79,11 @@ end
 
 -- Returns 'left' (the job is in the queue no longer), 'stays' (look further) or 'stop' (end the claim).
 local function consider(id, finish)
-  if room <= 0 and passed_over(id) then return 'stays' end
+  local takes_anything = idle and #taken == 0
+  if room <= 0 and not takes_anything and passed_over(id) then return 'stays' end
   local job = intact(id)
   if not job then return 'left' end
   local version = version_of(job.wire)
-  local takes_anything = idle and #taken == 0
   if (tonumber(job.deadline) or math.huge) < NOW then
     dequeue(job)
     conclude(job, 'failed', 'failed', expired)
