@@ -33,14 +33,22 @@ from ditserve.export.errors import ExportError
 from ditserve.export.half import DTYPES, half_file
 from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.export.parity import compare_rows, graph_backbone
-from ditserve.export.quality import FrechetSettings, frechet_report, open_references, picture_psnr
+from ditserve.export.quality import (
+    FrechetSettings,
+    add_frechet_options,
+    frechet_report,
+    frechet_settings,
+    open_references,
+    picture_psnr,
+    quality_metrics,
+    tell_quality,
+)
 from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor, write_int8
 from ditserve.export.smooth import input_peaks, search_alpha, smooth
 from ditserve.export.source import open_source
 from ditserve.export.verify import LIMITS, PARITY, check, open_session, report
-from ditserve.model.evaluation.classifier_network import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, write_atomic, write_manifest
-from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
+from ditserve.model.spec.command_line import guarded, named_path, thread_count
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -190,9 +198,7 @@ def _record(path: Path, source: LoadedModel, summary: dict[str, Any], target: Ta
     write_atomic(path / PARITY, (json.dumps(parity, indent=1) + "\n").encode())
     name = "int8" if target == "cpu" else "int8_tensorrt"
     metrics = {
-        f"{name}_relative_l2": max(band["relative_l2"] for band in summary["error"]),
-        f"{name}_pictures_psnr_db": summary["pictures_psnr_db"],
-        **{f"{name}_{key}": value for key, value in summary["quality"].items() if key == "quality_loss"},
+        **quality_metrics(name, summary),
         f"{name}_weight_bits": summary["weight_bits"],
         **{f"{name}_speedup_{key}": value for key, value in summary["speedup"].items()},
     }
@@ -215,21 +221,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    frechet = None
-    if options.data:
-        decoder = decoder_of(options.bundle)
-        frechet = FrechetSettings(options.data, options.classifier, options.pictures, decoder=decoder)
-    settings = QuantizationSettings(options.weights, options.range, options.keep, frechet)
+    settings = QuantizationSettings(options.weights, options.range, options.keep, frechet_settings(options))
     summary = add_int8(options.bundle, options.target, settings)
-    error = max(band["relative_l2"] for band in summary["error"])
     results = [
-        f"relative L2 at most {error:.1e}",
-        f"pictures {summary['pictures_psnr_db']} dB",
+        *tell_quality(summary),
         f"smoothing {summary[SMOOTHING]['alpha']}",
         *(f"{value}x fp32 at batch {key[6:]}" for key, value in summary["speedup"].items()),
     ]
-    if summary["quality"]:
-        results.append("Fréchet distance {frechet} (fp32 {frechet_fp32})".format(**summary["quality"]))
     print(f"{options.bundle / summary['file']}: {', '.join(results)}")
 
 
@@ -249,16 +247,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="7- or 8-bit weights; auto: by this CPU",
     )
     parser.add_argument("--keep", action="store_true", help="keep the graph though it is not faster")
-    parser.add_argument(
-        "--data", type=named_path, help="the training pictures, to measure Fréchet distances with"
-    )
-    parser.add_argument("--pictures", type=positive, default=300, help="pictures to measure them on")
-    parser.add_argument(
-        "--classifier",
-        type=named_path,
-        default=CLASSIFIER,
-        help=f"folder of {command_line('model.evaluation.classifier')}",
-    )
+    add_frechet_options(parser)
     parser.add_argument("--threads", type=thread_count, default=1)
     return parser.parse_args(arguments)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ditserve.commands import command_line
 from ditserve.export.calibrate import Backbone, TrajectorySettings, sample_pictures, with_backbone
+from ditserve.export.decoder import decoder_of
 from ditserve.export.errors import ExportError
 from ditserve.export.verify import open_session, run
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier_network import ClassifierError, open_classifier
+from ditserve.model.evaluation.classifier_network import CLASSIFIER, ClassifierError, open_classifier
 from ditserve.model.evaluation.features import FeatureNetwork, classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
 from ditserve.model.evaluation.picture_sets import (
@@ -27,6 +31,7 @@ from ditserve.model.evaluation.picture_sets import (
     real_pictures,
 )
 from ditserve.model.nets.autoencoder import Identity, PictureDecoder
+from ditserve.model.spec.command_line import named_path, positive
 from ditserve.model.spec.grids import choose_grid
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -132,3 +137,45 @@ class _GraphDecoder(PictureDecoder):
     def decode(self, latents: Tensor) -> Tensor:
         images = run(self.session, {"latent": latents.numpy()}, batch=1)["image"]
         return torch.from_numpy(images.astype(np.float32))
+
+
+def add_frechet_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a measurement of Fréchet distances, which `frechet_settings` reads."""
+    parser.add_argument(
+        "--data", type=named_path, help="the training pictures, to measure Fréchet distances with"
+    )
+    parser.add_argument("--pictures", type=positive, default=300, help="pictures to measure them on")
+    parser.add_argument(
+        "--classifier",
+        type=named_path,
+        default=CLASSIFIER,
+        help=f"folder of {command_line('model.evaluation.classifier')}",
+    )
+
+
+def frechet_settings(options: argparse.Namespace) -> FrechetSettings | None:
+    """Return the settings that a command line gives for the bundle `options.bundle`; None without data."""
+    if not options.data:
+        return None
+    decoder = decoder_of(options.bundle)
+    return FrechetSettings(options.data, options.classifier, options.pictures, decoder=decoder)
+
+
+def quality_metrics(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the manifest's metrics of a lower precision, from its summary in the parity report."""
+    return {
+        f"{name}_relative_l2": max(band["relative_l2"] for band in summary["error"]),
+        f"{name}_pictures_psnr_db": summary["pictures_psnr_db"],
+        **{f"{name}_{key}": value for key, value in summary["quality"].items() if key == "quality_loss"},
+    }
+
+
+def tell_quality(summary: Mapping[str, Any]) -> list[str]:
+    """Return the figures of such a summary, as a command prints them."""
+    told = [
+        f"relative L2 at most {max(band['relative_l2'] for band in summary['error']):.1e}",
+        f"pictures {summary['pictures_psnr_db']} dB",
+    ]
+    if summary["quality"]:
+        told.append("Fréchet distance {frechet} (fp32 {frechet_fp32})".format(**summary["quality"]))
+    return told

@@ -8,6 +8,7 @@ but `probabilities`, which is for pictures of attention, forms anything of T×T.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar, Unpack, cast
 
 import torch
@@ -22,12 +23,12 @@ from ditserve.model.spec.dit_config import DiTConfig
 TINY = 1e-6
 
 
-class LocalAttention(Attention):
+class LocalAttention(Attention, ABC):
     """Attention of every token to some tokens, by their places in the grid."""
 
+    @abstractmethod
     def allowed(self, grid: Grid) -> Tensor:
         """Return which token attends to which, (T, T) or (H, T, T) bool."""
-        raise NotImplementedError
 
     def probabilities(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])

@@ -89,14 +89,8 @@ class TorchBackend:
         precision: str = "auto",
         adapters: Sequence[AdapterFile] = (),
     ) -> None:
-        known = ("auto", *PRECISIONS, "fp8")
-        if precision not in known:
-            raise BackendUnavailable(
-                f"precision of the torch backend must be one of {', '.join(known)}, not {precision!r}"
-            )
+        _refuse(precision, device)
         self.precision = "fp32" if precision == "auto" else precision
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
         if threads:
             torch.set_num_threads(threads)
         # By default torch computes fp32 convolutions in TF32.
@@ -254,6 +248,17 @@ class TorchBackend:
 
     def _tensor(self, array: Floats) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _refuse(precision: str, device: str) -> None:
+    """Raise `BackendUnavailable` for a precision that torch has not, or a device that is not there."""
+    known = ("auto", *PRECISIONS, "fp8")
+    if precision not in known:
+        raise BackendUnavailable(
+            f"precision of the torch backend must be one of {', '.join(known)}, not {precision!r}"
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
 
 
 class TorchAdapters:

@@ -23,6 +23,7 @@ from ditserve.service.backends import (
     BackendUnavailable,
     load_backend,
 )
+from ditserve.service.engine.engine import Engine
 from ditserve.service.errors import QueueUnavailable, ServiceError
 from ditserve.service.exit_statuses import DONE, FAILED, refuse
 from ditserve.service.launch.engine_build import build_engines
@@ -188,13 +189,9 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             backends = await opener(report, stop, broker)
             if backends is None:
                 return True
+            backend, engine = backends[""], build_engine(backends, settings, embeddings)
             report("warming up")
-            engine = build_engine(backends, settings, embeddings)
-            await asyncio.to_thread(engine.warm_up, WARM_UP_S)
-            backend = backends[""]
-            if backend.conditioner_rows == CONDITIONER_ROWS_GPU:
-                report("warming up the decoder")
-                await asyncio.to_thread(_warm_decoder, backend)
+            await asyncio.to_thread(_warm_up, engine, backend)
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
         identity = worker_identity(name, model, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))
@@ -222,8 +219,15 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             backend.close()
 
 
+def _warm_up(engine: Engine, backend: Backend) -> None:
+    """Run batches, and on a GPU decode, where nobody waits yet."""
+    engine.warm_up(WARM_UP_S)
+    if backend.conditioner_rows == CONDITIONER_ROWS_GPU:
+        _warm_decoder(backend)
+
+
 def _warm_decoder(backend: Backend) -> None:
-    """Take the memory that decoding needs on a GPU, where nobody waits yet.
+    """Take the memory that decoding needs.
 
     Raises:
         BackendUnavailable: there is too little of it.

@@ -56,7 +56,7 @@ def test_experts_compute_what_a_loop_over_tokens_does(
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_choice_that_changes_by_a_rounding_changes_nothing(routing: Routing) -> None:
-    """Where two tokens have equal scores at the edge of a choice, which one is taken does not matter."""
+    """Two tokens with equal scores at the edge of a choice: either may be taken."""
     z = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
     taken = dense(z, routing)
     # From choice to choice the weights move as the scores do, and never by a jump.

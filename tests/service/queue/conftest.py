@@ -1,4 +1,4 @@
-"""What the tests of the queue share: a client that sees what lies in Redis."""
+"""The fixture of the queue's tests: a client that sees what lies in Redis."""
 
 from __future__ import annotations
 
