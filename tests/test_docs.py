@@ -68,6 +68,17 @@ def source(module: str) -> str:
     return "".join(file.read_text() for file in path.glob("*.py"))
 
 
+def shared_options(text: str) -> str:
+    """Return the text of the functions `add_…_options` of other modules that a command calls."""
+    found = []
+    for module, names in re.findall(r"^from ditserve\.(\S+) import (\([^)]*\)|.*)$", text, re.MULTILINE):
+        for name in re.findall(r"\badd_\w+_options\b", names):
+            _, _, after = source(module).partition(f"\ndef {name}(")
+            assert after, f"{module} has no {name}"
+            found.append(after.partition("\n\n\n")[0])
+    return "".join(found)
+
+
 def taken(flag: str, text: str) -> bool:
     """Tell whether a command takes a flag: it is written out, or made of a name in a loop over names."""
     return f'"{flag}"' in text or ('f"--{' in text and f'"{flag[2:]}"' in text)
@@ -85,6 +96,7 @@ def test_commands_exist_with_the_flags_that_are_shown(document: Path) -> None:
         text = source(module)
         if module == "service":
             text += source("service.client.cli") + source("service.api_keys")
+        text += shared_options(text)
         unknown = [flag for flag in flags if flag not in FLAGS and not taken(flag, text)]
         assert unknown == [], f"python -m {module} has no {', '.join(unknown)}"
 
