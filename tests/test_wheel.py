@@ -1,7 +1,8 @@
 """The wheel, installed with its requirements alone in an environment of its own, away from the checkout.
 
 The requirements are those of the extra that `make serve` installs. They are linked from this environment, and
-pip, without an index, checks that nothing is missing. The text encoder comes beside them, without what it asks for.
+pip, without an index, checks that nothing is missing. The text encoder comes beside them, without
+what it asks for.
 """
 
 from __future__ import annotations

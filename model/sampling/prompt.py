@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,22 @@ class PromptTerm:
     labels: tuple[int | None, ...]
     text: str | None = None
     weight: float = 1.0
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """Return the prompts of a text file, one a line.
+
+    Raises:
+        SampleError: it cannot be read, or has none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise SampleError(f"--prompts {file} cannot be read: {error}") from None
+    prompts = tuple(filter(None, map(str.strip, lines)))
+    if not prompts:
+        raise SampleError(f"--prompts {file} has no prompt: write one a line")
+    return prompts
 
 
 def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
