@@ -18,7 +18,7 @@ from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Factor, Manifest
 from ditserve.model.spec.mixing import Combine, mix_embeddings
-from ditserve.model.spec.text_encoder import text_encoder_name
+from ditserve.model.spec.text_encoder import spell_pictographs, text_encoder_name
 
 
 class SampleError(ModelError):
@@ -116,7 +116,8 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
             raise SampleError(
                 f"encoder {encoder} gives {opened.size} numbers, the model takes {model.config.text_size}"
             )
-        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_width)
+        sentences = [spell_pictographs(term.text or "") for term in terms]
+        text = torch.from_numpy(opened.encode(sentences))  # (N, text_width)
         text[[not term.text for term in terms]] = 0
     device = next(model.parameters()).device
     labels = label_tensor([term.labels for term in terms], model.config.classes)
