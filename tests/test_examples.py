@@ -112,6 +112,14 @@ def test_emoji_folder(tmp_path: Path) -> None:
     assert (source.catalogue.names, len(source.data), source.card.licence) == (("nature",), 2, "MIT")
 
 
+def test_unseen_prompts(tmp_path: Path) -> None:
+    captions = ["a fox\n\nfox, noto", "an owl", *(f"bee {k}\n\nbees {k}\nbee" for k in range(8))]
+    np.savez(tmp_path / "set.npz", captions=captions)
+    lines = example("unseen_prompts.py", "set.npz", "3", folder=tmp_path)
+    assert lines == ["fox, noto", "bees 2", "bees 5"]
+    assert len(example("unseen_prompts.py", "set.npz", "100", folder=tmp_path)) == 9
+
+
 def test_handheld_style(tmp_path: Path) -> None:
     """Its classes are some of the shipped model, so that an adapter of that can be trained on them."""
     classes = Bundle.open(FLAGSHIP, verify=False).manifest.factors[0].classes
