@@ -19,6 +19,7 @@ from starlette.types import Message
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.source import walked_steps
+from ditserve.service.formats import FORMATS, MediaFormat, kind_of
 from ditserve.service.http.answers import result_headers
 from ditserve.service.http.intake import Intake, replay_headers
 from ditserve.service.http.models import Model
@@ -101,9 +102,20 @@ async def _submitted(body: OpenAIOptions, model: Model, intake: Intake) -> Submi
         model,
         translate(body, model.submissions),
         body=body,
-        image_format=body.output_format or "png",
+        media_format=_format(body, model.manifest),
         rung=rung_for(body, model.submissions.ladder),
     )
+
+
+def _format(body: OpenAIOptions, manifest: Manifest) -> MediaFormat:
+    """Return the format of the files: the one that is asked for, or the usual one. Raises `InvalidRequest`."""
+    kind = kind_of(manifest)
+    chosen = body.output_format or ("png" if kind == "picture" else "webp")
+    if chosen not in FORMATS[kind]:
+        raise field_error(
+            "output_format", f"This model makes {kind}s, which are no {chosen}: choose webp, or ask /generate."
+        )
+    return chosen
 
 
 def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:

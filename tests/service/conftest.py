@@ -58,7 +58,7 @@ class FakeBackend:
         weights: int = 1,
         **diffusion: Any,
     ) -> None:
-        self.buckets, self.size_multiple = buckets, size_multiple
+        self.buckets = buckets
         self.memory_rows = memory_rows
         self.batches: list[int] = []
         self.conditioned: list[int] = []
@@ -72,6 +72,8 @@ class FakeBackend:
             classes=(len(CLASSES),),
             learn_sigma=False,
         )
+        sides = (size_multiple or 1,) * len(config.image_size)
+        self.size_multiples = None if size_multiple is None else sides
         self.manifest = Manifest(
             name="fake",
             version="1",
