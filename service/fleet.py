@@ -70,8 +70,8 @@ class WorkerState(Message):
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
     later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
     `batch_rows` are the rows of its batches while there is enough work, where its costs are exact; 0: it does
-    not say. `adapters` are those that it has loaded; None: its backend takes none. `formats` are those that it
-    writes beyond the ones that every worker does.
+    not say. `adapters` are those that it has loaded; None: its backend takes none. `formats` are those that
+    it writes beyond the ones that every worker does.
     """
 
     worker: str

@@ -57,7 +57,7 @@ def encode(pixels: npt.NDArray[np.uint8], format: str, *, metadata: Mapping[str,
 
 
 def metadata_options(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options with which Pillow writes the metadata into a file of this format, animated or not."""
+    """Return the options with which Pillow writes the metadata into a file of this format."""
     if not metadata:
         return {}
     if format in ("png", "apng"):

@@ -102,6 +102,8 @@ class Job(Message):
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("it has no seed")
+        if self.size is not None and len(self.size) not in (2, 3):
+            raise ValueError(f"its size has {len(self.size)} axes")
 
     @property
     def oldest_version(self) -> int:

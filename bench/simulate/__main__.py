@@ -183,7 +183,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--refusing", type=float, default=0.0, help="share of requests that rule out fewer steps"
     )
     parser.add_argument(
-        "--clips", type=float, default=0.0, help="share of requests for clips, of 8 times the tokens of a still"
+        "--clips",
+        type=float,
+        default=0.0,
+        help="share of requests for clips, of 8 times the tokens of a still",
     )
     parser.add_argument(
         "--claims", action="store_true", help="instead: how far ahead and in which order to claim"

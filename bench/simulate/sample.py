@@ -13,7 +13,7 @@ from ditserve.service.rung import Consent, Rung
 
 
 class RowsKind(NamedTuple):
-    """Rows that share a pass: of one backbone with its cost, and of one number of tokens, in rows of a still."""
+    """Rows that share a pass: of one backbone with its cost, and of so many tokens, in rows of a still."""
 
     backbone: str = ""
     backbone_cost: float = 1.0

@@ -1,4 +1,4 @@
-"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image or a clip from a running service.
+"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image from a running service.
 
 The service's address is --url or DITSERVE_URL, the API key DITSERVE_API_KEY.
 """
@@ -267,9 +267,7 @@ def _add_drawing_flags(parser: argparse.ArgumentParser) -> None:
         help="cut off what a text has beyond the model's last token",
     )
     parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
-    parser.add_argument(
-        "--frames", type=int, help="frames of a clip, where the model has a choice"
-    )
+    parser.add_argument("--frames", type=int, help="frames of a clip, where the model has a choice")
     parser.add_argument("--fps", type=finite, help="frames a second at which a clip plays")
     parser.add_argument(
         "--windows", action="store_true", default=None, help="denoise a larger --size in overlapping windows"

@@ -12,7 +12,7 @@ from ditserve.service.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The size of a latent and the rows of one prediction of it; sizes are along every axis, in latent pixels.
+    """The size of a latent and the rows of one prediction of it; sizes are in latent pixels, by axis.
 
     A latent is one row, or one row a window. `row_size` is the size of a row. `cost` is the tokens of one
     prediction, in rows of the bundle's own size.
@@ -45,7 +45,9 @@ def geometry_of(size: Size | None, *, own: Size, windows: bool, multiples: Size 
     """
     size = size or own
     if len(size) != len(own):
-        raise InvalidRequest(f"This worker makes nothing of {size_name(size)}: its own size is {size_name(own)}.")
+        raise InvalidRequest(
+            f"This worker makes nothing of {size_name(size)}: its own size is {size_name(own)}."
+        )
     if windows:
         if size == own or any(side < least for side, least in zip(size, own, strict=True)):
             raise InvalidRequest(f"Only what is larger than {size_name(own)} latent pixels has windows.")

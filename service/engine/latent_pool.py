@@ -36,7 +36,8 @@ class Gathered:
 class LatentPool:
     """`slots` latents of `shape` (C, H, W) with their solver history, for batches of at most `rows` rows.
 
-    Those of clips and volumes are (C, F, H, W); all arithmetic is the same. With `clip` the estimates are clipped to -1..1.
+    Those of clips and volumes are (C, F, H, W), and all arithmetic is the same. With `clip` the estimates are
+    clipped to -1..1.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], *, rows: int, clip: bool) -> None:

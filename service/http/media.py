@@ -61,6 +61,7 @@ def frame_rate(request: GenerateRequest, manifest: Manifest, format: MediaFormat
     fps = request.fps or manifest.fps or DEFAULT_FPS
     if format == "gif" and fps > GIF_FPS:
         raise field_error(
-            "fps", f"A gif plays at most {GIF_FPS:g} frames a second: ask for fewer, or for webp, apng or mp4."
+            "fps",
+            f"A gif plays at most {GIF_FPS:g} frames a second: ask for fewer, or for webp, apng or mp4.",
         )
     return fps

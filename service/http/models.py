@@ -76,7 +76,7 @@ class Model:
         return () if load is None else load.workers
 
     async def written_formats(self, asked: MediaFormat | None) -> tuple[MediaFormat, ...]:
-        """Return the formats of the files that the workers write, of which `asked` must be one if it is named.
+        """Return the formats that the workers write, of which `asked` must be one if it is named.
 
         Raises `InvalidRequest`, `Overloaded`.
         """

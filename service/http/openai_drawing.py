@@ -108,12 +108,13 @@ async def _submitted(body: OpenAIOptions, model: Model, intake: Intake) -> Submi
 
 
 def _format(body: OpenAIOptions, manifest: Manifest) -> MediaFormat:
-    """Return the format of the files: the one that is asked for, or the usual one. Raises `InvalidRequest`."""
+    """Return the format that is asked for, or the usual one. Raises `InvalidRequest`."""
     kind = kind_of(manifest)
     chosen = body.output_format or ("png" if kind == "picture" else "webp")
     if chosen not in FORMATS[kind]:
         raise field_error(
-            "output_format", f"This model makes {kind}s, which are no {chosen}: choose webp, or ask /generate."
+            "output_format",
+            f"This model makes {kind}s, which are no {chosen}: choose webp, or ask /generate.",
         )
     return chosen
 

@@ -258,7 +258,7 @@ class GenerateRequest(DrawingOptions):
         None,
         ge=1,
         le=MAX_FRAMES,
-        description="Frames of a clip, or slices of a volume, where the model makes one; null is its own number.",
+        description="Frames of a clip, or slices of a volume, where the model makes one; null is its own.",
     )
     fps: Annotated[float, Field(ge=0.1, le=MAX_FPS, allow_inf_nan=False)] | None = Field(
         None,

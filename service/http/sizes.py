@@ -113,7 +113,7 @@ def in_windows(asked: AskedSize, manifest: Manifest, *, max_area: float) -> Outp
     """
     own, sides, least = manifest.config.image_size, _sides(asked, manifest), _sides(AskedSize(), manifest)
     if sides == least or any(side < bound for side, bound in zip(sides, least, strict=True)):
-        field = "frames" if asked.size in (None, size_text(manifest)) else "size"
+        field = "size" if asked.frames is None or asked.size not in (None, size_text(manifest)) else "frames"
         raise UnusableSize(field, f"Windows are for sizes larger than the model's own, {own_text(manifest)}.")
     steps = scaled((1,) * len(own), manifest.upscale)
     latent = _latent(asked, manifest, steps=steps, max_area=max_area)
@@ -132,7 +132,7 @@ def _other_than_own(asked: AskedSize, manifest: Manifest) -> UnusableSize:
     """Return the error of another size where workers make a single one."""
     own, frames = size_text(manifest), frame_count(manifest)
     if asked.size in (None, own):
-        return UnusableSize("frames", f"This model makes {frames} only, or more with windows.")
+        return UnusableSize("frames", f"This model makes {frames} frames only, or more with windows.")
     return UnusableSize("size", f"This model makes {own} images only, or larger ones with windows.")
 
 

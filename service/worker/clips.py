@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -68,13 +69,12 @@ def frame_durations(frames: int, fps: float, *, tick_ms: int) -> list[int]:
     Example: at 24 frames a second, ticks of 10 ms give 40, 40, 50, 40, 40, 40 …, which sum up to 1 s.
     """
     ends = [max(k, round(1000 * k / (fps * tick_ms))) for k in range(frames + 1)]
-    return [tick_ms * (end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    return [tick_ms * (end - start) for start, end in pairwise(ends)]
 
 
 def _palette_frames(frames: Pixels) -> Sequence[Image.Image]:
-    """Return frames in the colours of one palette, without dithering: neither flickers from frame to frame."""
+    """Return frames in the colours of one palette, without dithering: neither flickers."""
     count, height, width, _ = frames.shape
     palette = Image.fromarray(frames.reshape(count * height, width, 3)).quantize(256)
     pictures = map(Image.fromarray, frames)
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-

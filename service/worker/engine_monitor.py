@@ -22,8 +22,8 @@ class WorkerIdentity:
     `name` is unique among all workers, ever: a restarted worker has a new one. `bundle` and `vocabulary` are
     digests of what it serves (`identity`); jobs of another vocabulary are refused. `origin` is that of the
     checkpoints it writes and goes on from (`handoff.checkpoint_origin`). `adapters` are those that it has
-    loaded, None if its backend takes none; jobs drawn with others are refused. `formats` are the files it writes
-    beyond those that every worker does.
+    loaded, None if its backend takes none; jobs drawn with others are refused. `formats` are the files it
+    writes beyond those that every worker does.
     """
 
     name: str

@@ -43,5 +43,8 @@ def shown_part(latent: Floats, kind: MediaKind) -> Floats:
 
 def encode_preview(pixels: Pixels, kind: MediaKind, format: MediaFormat) -> bytes:
     """Return the file of a preview, a single picture: of a clip its first frame, of a volume its front."""
-    picture = {"picture": lambda: pixels, "clip": lambda: pixels[0], "volume": lambda: view(pixels, 0.0)}[kind]()
-    return encode(picture, preview_format(format), metadata={})
+    if kind == "clip":
+        pixels = pixels[0]
+    elif kind == "volume":
+        pixels = view(pixels, 0.0)
+    return encode(pixels, preview_format(format), metadata={})

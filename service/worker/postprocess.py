@@ -50,7 +50,7 @@ class Postprocessor:
     """The thread that decodes and encodes, one batch after the other.
 
     `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
-    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. What the model makes is
+    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. The model makes media
     of this `kind`. `previews` decodes previews; None: `decoder` does. `encoder` makes latents of pictures.
     """
 

@@ -77,7 +77,7 @@ class RunningJob:
 
     @property
     def rows(self) -> int:
-        """Return how many rows its missing images would take of one batch, in rows of the model's own size."""
+        """Return the rows that its missing images would take of one batch, by their tokens."""
         guided = self.job.guidance_scale != 1.0
         cost = self.job.row_cost or max(1, self.job.windows)
         return ceil(cost * self.missing * (self.job.composed + guided))

@@ -1,8 +1,8 @@
-"""Volumes as files: the numbers themselves (`.npz`), or a clip of the volume that turns once about its height.
+"""Volumes as files: the numbers themselves (`.npz`), or a clip of the volume, turning once about its height.
 
-A volume is pixels (D, H, W, 3), of depth, height and width. What is dark is clear and what is bright is dense,
-of its own colour. A view is the light that reaches the eye through it, front to back (Max 1995, Optical Models
-for Direct Volume Rendering, with absorption and emission in proportion).
+A volume is pixels (D, H, W, 3): depth, height and width. What is dark is clear, and what is bright is dense
+and of its own colour. A view is the light that reaches the eye through it, front to back (Max 1995, Optical
+Models for Direct Volume Rendering, with absorption and emission in proportion).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def turntable(volume: Pixels, views: int = VIEWS) -> Pixels:
 
 def view(volume: Pixels, angle: float) -> Pixels:
     """Return the view (H, W, 3) of a volume turned by `angle` about its height, on black."""
-    depth, height, width, _ = volume.shape
+    depth, _, width, _ = volume.shape
     reach = int(np.ceil(np.hypot(depth, width)))
     # The planes of voxels that the eye looks through, the nearest first, as places in the volume.
     ahead, across = np.mgrid[0:reach, 0:width].astype(np.float64)

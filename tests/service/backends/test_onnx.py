@@ -26,9 +26,7 @@ from tests.service.tiny_bundle import CONFIG
         (["batch", 3, "4*rows", 8], None),
     ],
 )
-def test_sizes_are_free_where_the_graph_says_so(
-    shape: list[Any], multiples: tuple[int, ...] | None
-) -> None:
+def test_sizes_are_free_where_the_graph_says_so(shape: list[Any], multiples: tuple[int, ...] | None) -> None:
     backend = pytest.importorskip("ditserve.service.backends.onnx", reason="onnxruntime is not installed")
     assert backend.graph_size_multiples(shape) == multiples
 
