@@ -141,9 +141,11 @@ def test_stills_are_drawn_beside_clips_and_keep_their_formats(service: Service) 
 def test_a_clip_is_drawn_again_where_its_worker_died_and_stills_go_on(service: Service, bundle: Path) -> None:
     long = {**BODY, "steps": 700, "frames": 24, "previews": 40, "format": "apng"}
     job = service.client.post("/generate", json=long, headers={"prefer": "respond-async"}).json()
-    # `python -m service` starts a worker for each model, of which the clips' has their bundle.
-    family = children_of(service.process.pid)
-    (worker,) = [pid for pid, command in family.items() if " worker " in command and f"{bundle}" in command]
+    # `python -m service` starts a worker for each model, and tells it the bundle in its environment.
+    workers = [
+        pid for pid, command in children_of(service.process.pid).items() if "service worker" in command
+    ]
+    (worker,) = [pid for pid in workers if f"{bundle}" in Path(f"/proc/{pid}/environ").read_text()]
     wait_until(lambda: state_of(service, job)["step"] > 0, "the first step", timeout_s=60)
     os.kill(worker, signal.SIGKILL)
     drawn(service, "image/png", model="stills", steps=6)

@@ -132,7 +132,7 @@ class LatentPool:
         with np.errstate(all="ignore"):
             np.multiply(x, coefficients.x0_x, out=estimate)
             estimate += np.multiply(output, coefficients.x0_out, out=scratch)
-            finite: npt.NDArray[np.bool_] = np.isfinite(estimate).reshape(n, -1).all(axis=1)
+            finite: npt.NDArray[np.bool_] = np.all(np.isfinite(estimate), axis=tuple(range(1, x.ndim)))
             if self._clip:
                 np.clip(estimate, -1.0, 1.0, out=estimate)
             x *= coefficients.a
