@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
 from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.source import first_frame
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches, Conditioning
 from ditserve.service.engine.geometry import geometry_of
@@ -84,9 +85,12 @@ class SampleFactory:
         )
         self._add_conditionings(sample)
         shape = (self._channels, *geometry.size)
-        if request.source is not None and request.source.latent.shape != shape:
+        source = request.source
+        if source is not None and source.latent.ndim < len(shape):
+            source = first_frame(source, shape[1])
+        if source is not None and source.latent.shape != shape:
             raise ValueError(f"the picture of sample {request.id} is of another size")
-        start = sample.begin(shape, self._schedule)
+        start = sample.begin(shape, self._schedule, source)
         if snapshot is None:
             return NewSample(sample, start, ())
         snapshot.resume(sample)

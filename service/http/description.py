@@ -57,7 +57,7 @@ def describe(
         frames_step=size_steps[0] if size_steps and len(size_steps) == 3 else None,
         fps=None if kind_of(manifest) == "picture" else manifest.fps or DEFAULT_FPS,
         text=manifest.config.text_size > 0,
-        pictures=encodes_pictures(manifest),
+        pictures=encodes_pictures(manifest) and kind_of(manifest) != "volume",
         guidance=manifest.guidance,
         text_tokens=text_tokens,
         networks=sorted(networks),

@@ -158,8 +158,9 @@ def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
     Raises:
         InvalidRequest: a variation is asked of a model that was not trained to draw without a condition.
     """
+    strength = body.model_dump(include={"strength"}, exclude_unset=True)
     if isinstance(body, EditRequest):
-        return {"image": body.image, "mask": body.mask, "strength": body.strength}
+        return {"image": body.image, "mask": body.mask} | strength
     if not isinstance(body, VariationRequest):
         return {}
     if manifest.guidance == "none" and not body.condition:
@@ -168,7 +169,7 @@ def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
             "No unconditional prediction of this model was trained, so it varies nothing by itself: give a "
             "condition, or send the picture and a prompt to /v1/images/edits.",
         )
-    return {"image": body.image, "strength": body.strength}
+    return {"image": body.image} | strength
 
 
 def rung_for(body: OpenAIOptions, ladder: Ladder) -> Rung | None:

@@ -119,8 +119,10 @@ class RequestReader:
         except UnusableSize as error:
             raise field_error(error.field, str(error)) from None
 
-    async def source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
-        """Return the picture that the request starts from, if any.
+    async def source(
+        self, request: GenerateRequest, output: OutputSize, *, strength: float
+    ) -> SourcePicture | None:
+        """Return the picture that the request starts from, if any; a clip has it as its first frame.
 
         Raises `InvalidRequest`, `PayloadTooLarge`, `TooManyUploads`.
         """
@@ -129,12 +131,17 @@ class RequestReader:
                 if name in request.model_fields_set and getattr(request, name) is not None:
                     raise field_error(name, "It needs an image to start from: send one, or leave it out.")
             return None
+        kind = kind_of(self._manifest)
+        if kind == "volume":
+            raise field_error("image", "This model makes volumes, which start from no picture: leave it out.")
+        if kind == "clip" and request.mask is not None:
+            raise field_error("mask", "A clip keeps its whole first frame and has no mask: leave it out.")
         if not encodes_pictures(self._manifest):
             raise field_error(
                 "image", "This model has no encoder of pictures: leave image out, or export the model again."
             )
         size = picture_size(self._manifest, output.size)
-        return await self._pictures.read(request.image, request.mask, size=size, strength=request.strength)
+        return await self._pictures.read(request.image, request.mask, size=size, strength=strength)
 
     async def adapters(self, request: GenerateRequest) -> tuple[AdapterUse, ...]:
         """Return the adapters that the request asks for. Raises `InvalidRequest`, `Overloaded`."""

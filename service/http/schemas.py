@@ -266,8 +266,8 @@ class GenerateRequest(DrawingOptions):
     )
     image: PictureFile | None = Field(
         None,
-        description="The picture to start from: PNG, JPEG or WebP, as a data URL. The largest part in its "
-        "middle that has the shape of `size` is used.",
+        description="The picture to start from, of a clip its first frame: PNG, JPEG or WebP, as a data URL. "
+        "The largest part in its middle that has the shape of `size` is used.",
         examples=[f"data:image/png;base64,{PICTURE}"],
     )
     mask: PictureFile | None = Field(

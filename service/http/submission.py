@@ -168,7 +168,8 @@ class Submissions:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
-        source, adapters = await reader.source(request, output), await reader.adapters(request)
+        source = await reader.source(request, output, strength=asked.strength)
+        adapters = await reader.adapters(request)
         fps = frame_rate(request, self.manifest, media_format)
         resolved = ResolvedRequest(request, media_format, conditions, asked, output, source, adapters, fps)
         lookup = self._reuse.lookup(sharing, seeded=request.seed is not None)

@@ -116,7 +116,7 @@ class Postprocessor:
         job = running.job
         seed = job.seeds[running.index(finished.id)]
         began = time.perf_counter()
-        if job.source is not None and finished.latent.shape[1:] != pixels.shape[:2]:
+        if job.source is not None and finished.latent.shape[1:] != pixels.shape[:-1]:
             pixels = _keep_pixels(pixels, job.source)
         metadata = describe(job, finished, seed, self._factors, unguided_scale=self._unguided_scale)
         data = encode_media(pixels, self._kind, job.format, fps=job.fps, metadata=metadata)
