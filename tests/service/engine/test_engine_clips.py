@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, InvalidRequest
+from tests.service.engine.imitated_device import DeviceBackend
 from tests.service.engine.stepping import failed, finished, previews, reference, run
 
 Make = Callable[..., Any]
@@ -29,15 +32,16 @@ CLIP = DiTConfig(
 OWN, STILL, LONG = CLIP.image_size, (1, 4, 6), (10, 4, 6)
 
 
+PICTURE = np.random.default_rng(3).standard_normal((3, 4, 6)).astype(np.float32)
+
+
 @pytest.fixture
 def clips(make_backend: Make) -> Callable[..., Any]:
     """Give a function that makes the backend of a model of clips."""
+    config = replace(CLIP, classes=make_backend().manifest.config.classes)
 
-    def make(**options: Any) -> Any:
-        config = make_backend().manifest.config
-        classes = {"classes": config.classes}
-        own = DiTConfig(**{name: getattr(CLIP, name) for name in CLIP.__slots__} | classes)
-        return make_backend(config=own, **options)
+    def make(device: bool = False, **options: Any) -> Any:
+        return DeviceBackend(config=config, **options) if device else make_backend(config=config, **options)
 
     return make
 
@@ -106,6 +110,39 @@ def test_a_clip_goes_on_where_another_engine_left_it(
     second = make_engine(clips())
     second.add(request, Snapshot.from_wire(snapshot.to_wire()))
     np.testing.assert_array_equal(finished(run(second))["a/0"].latent, whole)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "ddpm"])
+def test_a_clip_begins_with_the_picture_that_is_given(
+    clips: Make, make_engine: Make, make_request: Make, make_rung: Make, solver: str
+) -> None:
+    source = SourceLatent(PICTURE)
+    rungs = {strength: make_rung(solver, 8, strength=strength) for strength in (0.25, 1.0)}
+    requests = [
+        make_request(f"{strength}-{seed}/0", rung=rung, source=source, seed=seed)
+        for strength, rung in rungs.items()
+        for seed in (1, 2)
+    ]
+    drawn = {name: sample.latent for name, sample in finished(run(make_engine(clips()), requests)).items()}
+    for latent in drawn.values():
+        np.testing.assert_array_equal(latent[:, 0], PICTURE)
+        assert np.abs(latent[:, 1:] - PICTURE[:, None]).mean() > 0.05
+    assert (drawn["1.0-1/0"] != drawn["1.0-2/0"])[:, 1:].all()
+    # A little strength moves little.
+    still, moving = (np.abs(drawn[f"{k}-1/0"] - PICTURE[:, None]).mean() for k in rungs)
+    assert still < moving
+
+
+def test_clips_on_a_device_are_those_of_the_host(clips: Make, make_engine: Make, make_request: Make) -> None:
+    requests = [
+        make_request("plain/0", seed=1, previews=3),
+        make_request("given/0", seed=2, source=SourceLatent(PICTURE)),
+        make_request("other/0", seed=3, guidance_scale=1.0),
+    ]
+    there = finished(run(make_engine(clips(device=True)), requests))
+    here = finished(run(make_engine(clips()), requests))
+    for name, sample in here.items():
+        np.testing.assert_array_equal(there[name].latent, sample.latent)
 
 
 def test_a_clip_without_memory_hurts_no_still(clips: Make, make_engine: Make, make_request: Make) -> None:

@@ -12,14 +12,16 @@ import httpx
 import pytest
 
 from ditserve.service.fleet import Network
+from ditserve.service.http.schemas import PICTURE
 from tests.service.http.conftest import MANIFEST, Stage
 
 pytestmark = pytest.mark.anyio
 OpenStage = Callable[..., Awaitable[Stage]]
 FRAMES, SIDE, PATCH = 8, 16, 4
+PICTURE_URL = f"data:image/png;base64,{PICTURE}"
 
 
-def manifest_of(first_axis: str, **fields: Any) -> dict[str, Any]:
+def clip_manifest(first_axis: str, **fields: Any) -> dict[str, Any]:
     manifest = copy.deepcopy(MANIFEST)
     manifest["config"] |= {"image_size": [FRAMES, SIDE, SIDE], "patch_size": [2, PATCH, PATCH]}
     return {**manifest, "first_axis": first_axis, **fields}
@@ -32,12 +34,12 @@ def bundle_of(folder: Path, manifest: dict[str, Any]) -> Path:
 
 @pytest.fixture
 async def clips(open_stage: OpenStage, tmp_path: Path) -> Stage:
-    return await open_stage(bundle=bundle_of(tmp_path, manifest_of("frames", fps=12.0)))
+    return await open_stage(bundle=bundle_of(tmp_path, clip_manifest("frames", fps=12.0)))
 
 
 @pytest.fixture
 async def volumes(open_stage: OpenStage, tmp_path: Path) -> Stage:
-    return await open_stage(bundle=bundle_of(tmp_path, manifest_of("depth")))
+    return await open_stage(bundle=bundle_of(tmp_path, clip_manifest("depth")))
 
 
 def refusal(response: httpx.Response) -> tuple[str, str]:
@@ -92,7 +94,11 @@ async def test_mp4_is_there_where_every_worker_writes_it(clips: Stage) -> None:
         ({"size": "17x16"}, "size", "Width and height must be multiples of 4."),
         ({"frames": 4, "windows": True}, "frames", "larger than the model's own, 16x16 of 8 frames"),
         ({"windows": True}, "windows", "Name a size larger than the model's own, 16x16 of 8 frames."),
-        ({"image": "data:image/png;base64,iVBORw0KGgo="}, "image", ""),
+        (
+            {"image": PICTURE_URL, "mask": PICTURE_URL},
+            "mask",
+            "A clip keeps its whole first frame and has no mask",
+        ),
     ],
 )
 async def test_what_cannot_be_made_is_one_sentence(
@@ -151,6 +157,11 @@ async def test_a_volume_is_numbers_unless_it_is_to_be_seen(volumes: Stage) -> No
         "fps",
         "An npz does not play: leave fps out.",
     )
+    refused = await volumes.generate(condition={}, image=PICTURE_URL)
+    assert refusal(refused) == (
+        "image",
+        "This model makes volumes, which start from no picture: leave it out.",
+    )
 
 
 async def test_a_picture_has_neither_frames_nor_a_rate(stage: Stage) -> None:
@@ -167,6 +178,15 @@ async def test_a_picture_has_neither_frames_nor_a_rate(stage: Stage) -> None:
     assert (await stage.generate({"accept": "image/gif"}, condition={})).status_code == 406
     await stage.generate(condition={}, seed=1)
     assert stage.worker.claimed[-1].job.oldest_version == 1
+
+
+async def test_a_clip_may_begin_with_a_picture(clips: Stage) -> None:
+    for asked, strength in [({}, 1.0), ({"strength": 0.5}, 0.5)]:
+        response = await clips.generate(condition={}, image=PICTURE_URL, seed=1, **asked)
+        assert response.status_code == 200
+        job = clips.worker.claimed[-1].job
+        assert job.source is not None
+        assert (job.source.mask, job.source.strength, job.requested.strength) == (None, strength, strength)
 
 
 async def test_openais_route_answers_a_clip_as_webp(clips: Stage) -> None:
