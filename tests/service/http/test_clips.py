@@ -13,6 +13,7 @@ import pytest
 
 from ditserve.service.fleet import Network
 from ditserve.service.http.schemas import PICTURE
+from tests.conftest import wait_until
 from tests.service.http.conftest import MANIFEST, Stage
 
 pytestmark = pytest.mark.anyio
@@ -72,10 +73,14 @@ async def test_mp4_is_there_where_every_worker_writes_it(clips: Stage) -> None:
     )
     assert (await clips.generate({"accept": "video/mp4"}, condition={})).status_code == 406
     await clips.worker.report(formats=("mp4",))
+
+    async def listed() -> bool:
+        (described,) = (await clips.client.get("/models")).json()["models"]
+        return bool(described["formats"] == ["webp", "gif", "apng", "mp4"])
+
+    await wait_until(listed)
     response = await clips.generate({"accept": "video/*"}, condition={}, seed=1)
     assert (response.status_code, response.headers["content-type"]) == (200, "video/mp4")
-    (described,) = (await clips.client.get("/models")).json()["models"]
-    assert described["formats"] == ["webp", "gif", "apng", "mp4"]
 
 
 @pytest.mark.parametrize(

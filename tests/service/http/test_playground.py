@@ -392,7 +392,7 @@ class TestInChromium:
         await stage.worker.report(formats=("mp4",), network=Network("stub", "fp32", 4, first_multiple=2))
         async with browse(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
-            assert await page.locator("#format option").all_inner_texts() == ["webp", "gif", "apng", "mp4"]
+            assert await page.locator("#format option").all_text_contents() == ["webp", "gif", "apng", "mp4"]
             await page.fill("#clip-frames", "16")
             await page.fill("#fps", "10")
             await page.click("#go")
