@@ -34,7 +34,7 @@ _FORMS = {
     "low_rank": r"low_rank:(\d+)",
     "channel": r"channel",
 }
-EXAMPLES = "full, space, time, window:8, window:8+4, neighbourhood:2, axial, linear, low_rank:16 or channel"
+EXAMPLES = "full, window:8, window:8+4, neighbourhood:2, axial, linear, low_rank:16, channel, space or time"
 
 
 @dataclass(frozen=True, slots=True)
