@@ -39,7 +39,7 @@ def negotiate(
         NotAcceptable: `Accept` allows none of the forms.
     """
     formats = (request.format,) if request.format else written
-    files = {CONTENT_TYPES[name]: name for name in formats} if request.n == 1 else {}
+    files: dict[str, MediaFormat] = {CONTENT_TYPES[name]: name for name in formats} if request.n == 1 else {}
     media_type = preferred(accept, [JSON, *files, MULTIPART])
     if media_type is None:
         several = " (for several images ask for application/json or multipart/mixed)" if request.n > 1 else ""

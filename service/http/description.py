@@ -50,7 +50,7 @@ def describe(
         version=manifest.version,
         description=manifest.description,
         size=size_text(manifest),
-        size_step=size_steps and size_steps[-1],
+        size_step=None if size_steps is None else size_steps[-1],
         kind=kind_of(manifest),
         formats=list(formats),
         frames=frame_count(manifest),

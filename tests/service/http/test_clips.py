@@ -123,14 +123,15 @@ async def test_frames_cost_what_their_tokens_cost(clips: Stage) -> None:
     field, said = refusal(await clips.generate(condition={}, frames=16))
     assert (field, said) == ("frames", "This model makes 8 frames only, or more with windows.")
     await clips.worker.report(network=Network("stub", "fp32", PATCH, first_multiple=2))
-    for asked, size, cost in [
+    asks: list[tuple[dict[str, Any], tuple[int, ...] | None, float]] = [
         ({}, None, 1.0),
         ({"frames": 8}, None, 1.0),
         ({"frames": 16}, (16, 16, 16), 2.0),
         ({"frames": 2}, (2, 16, 16), 0.25),
         ({"frames": 16, "size": "32x16"}, (16, 16, 32), 4.0),
         ({"frames": 16, "windows": True}, (16, 16, 16), 3.0),
-    ]:
+    ]
+    for asked, size, cost in asks:
         assert (await clips.generate(condition={}, seed=1, **asked)).status_code == 200
         job = clips.worker.claimed[-1].job
         assert (job.size, job.row_cost, job.cost_rows) == (size, cost, 20 * cost)
@@ -152,7 +153,8 @@ async def test_a_model_says_what_its_clips_are(clips: Stage) -> None:
 
 
 async def test_a_volume_is_numbers_unless_it_is_to_be_seen(volumes: Stage) -> None:
-    for asked, format, fps in [({}, "npz", 0.0), ({"format": "webp"}, "webp", 12.0)]:
+    asks: list[tuple[dict[str, Any], str, float]] = [({}, "npz", 0.0), ({"format": "webp"}, "webp", 12.0)]
+    for asked, format, fps in asks:
         assert (await volumes.generate(condition={}, seed=1, **asked)).status_code == 200
         job = volumes.worker.claimed[-1].job
         assert (job.format, job.fps, job.oldest_version) == (format, fps, 2)
@@ -170,7 +172,7 @@ async def test_a_volume_is_numbers_unless_it_is_to_be_seen(volumes: Stage) -> No
 
 
 async def test_a_picture_has_neither_frames_nor_a_rate(stage: Stage) -> None:
-    for asked, field, said in [
+    asks: list[tuple[dict[str, Any], str, str]] = [
         ({"frames": 8}, "frames", "This model makes pictures, which have no frames: leave it out."),
         ({"fps": 8}, "fps", "A picture does not play: leave fps out."),
         (
@@ -178,7 +180,8 @@ async def test_a_picture_has_neither_frames_nor_a_rate(stage: Stage) -> None:
             "format",
             "This model makes pictures, which are no gif: choose png, webp or jpeg.",
         ),
-    ]:
+    ]
+    for asked, field, said in asks:
         assert refusal(await stage.generate(condition={}, **asked)) == (field, said)
     assert (await stage.generate({"accept": "image/gif"}, condition={})).status_code == 406
     await stage.generate(condition={}, seed=1)
@@ -186,11 +189,13 @@ async def test_a_picture_has_neither_frames_nor_a_rate(stage: Stage) -> None:
 
 
 async def test_a_clip_may_begin_with_a_picture(clips: Stage) -> None:
-    for asked, strength in [({}, 1.0), ({"strength": 0.5}, 0.5)]:
+    asks: list[tuple[dict[str, Any], float]] = [({}, 1.0), ({"strength": 0.5}, 0.5)]
+    for asked, strength in asks:
         response = await clips.generate(condition={}, image=PICTURE_URL, seed=1, **asked)
         assert response.status_code == 200
         job = clips.worker.claimed[-1].job
         assert job.source is not None
+        assert job.requested is not None
         assert (job.source.mask, job.source.strength, job.requested.strength) == (None, strength, strength)
 
 

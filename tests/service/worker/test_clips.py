@@ -32,10 +32,11 @@ def frames() -> Pixels:
     return made
 
 
-def read(data: bytes) -> tuple[Pixels, list[int], dict[str, Any]]:
+def read(data: bytes) -> tuple[Pixels, list[int], dict[Any, Any]]:
     """Return the frames that Pillow finds, the milliseconds of each, and the file's further facts."""
     with Image.open(BytesIO(data)) as image:
-        info, shown, durations = dict(image.info), [], []
+        info, durations = dict(image.info), list[int]()
+        shown = list[Pixels]()
         for frame in ImageSequence.Iterator(image):
             shown.append(np.asarray(frame.convert("RGB")))
             durations.append(int(frame.info["duration"]))
@@ -55,7 +56,7 @@ def test_every_frame_is_found_in_its_place(frames: Pixels, format: MediaFormat) 
 def test_a_video_plays_at_its_rate(frames: Pixels) -> None:
     odd = frames[:, :47, :39]
     for fps, rate in ((29.97, Fraction(2997, 100)), (0.5, Fraction(1, 2))):
-        with av.open(BytesIO(encode_clip(odd, "mp4", fps=fps, metadata=METADATA))) as container:
+        with av.open(BytesIO(encode_clip(odd, "mp4", fps=fps, metadata=METADATA)), "r") as container:
             stream = container.streams.video[0]
             shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
             assert (stream.codec_context.name, stream.average_rate) == ("h264", rate)
@@ -79,7 +80,7 @@ def test_the_file_says_how_it_was_made(frames: Pixels) -> None:
 def test_a_clip_may_be_one_frame(frames: Pixels, format: MediaFormat) -> None:
     data = encode_clip(frames[:1], format, fps=8, metadata=METADATA)
     if format == "mp4":
-        with av.open(BytesIO(data)) as container:
+        with av.open(BytesIO(data), "r") as container:
             assert len(list(container.decode(video=0))) == 1
     else:
         with Image.open(BytesIO(data)) as image:
