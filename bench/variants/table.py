@@ -39,7 +39,6 @@ def markdown(
     trained: Sequence[VariantResult], forward: Sequence[ForwardCost], options: argparse.Namespace
 ) -> str:
     """Return the two tables, of what was trained and of a row alone."""
-    flops = f"{options.flops:.3g}" if options.flops else f"the operations that `{options.family.name}` says"
     machine = (
         f"On {report.machine()['processor']}, {options.threads} of {os.cpu_count()} cores at a load average "
         f"of {os.getloadavg()[0]:.1f}. Times are the processor's."
@@ -47,9 +46,10 @@ def markdown(
     parts = ["# Variants of the network", machine]
     if trained:
         parts += [
-            f"Each network was trained with {flops}. Loss: of held-out pairs. Fréchet: of {options.pictures} "
-            f"pictures. Both over {options.seeds} seed(s). The shares after the multiply-adds are those of "
-            "attention and of convolutions. Memory: of a row's activations, when it is drawn and trained.",
+            f"Each network was trained with {options.flops:.3g} floating-point operations, and with "
+            f"{_seeds(trained, options.seeds)}. Loss: of held-out pairs. Fréchet: of {options.pictures} "
+            "pictures. The shares after the multiply-adds are those of attention and of convolutions. "
+            "Memory: of a row's activations, when it is drawn and trained.",
             _trained_table(trained),
             "![Distance and time of a row](variants-trained.png)",
         ]
@@ -84,6 +84,13 @@ def _trained_table(trained: Sequence[VariantResult]) -> str:
         for each in trained
     ]
     return _table(head, rows)
+
+
+def _seeds(trained: Sequence[VariantResult], planned: int) -> str:
+    """Return how many seeds stand behind the figures."""
+    done = sorted({len(each.distances) for each in trained})
+    counts = " or ".join(map(str, done))
+    return f"{counts} of {planned} seeds" + (", the first rows with more" if len(done) > 1 else "")
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

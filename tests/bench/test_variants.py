@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,44 @@ def test_all_variants_stand_in_one_table(
     assert [path.stat().st_mtime_ns for path in trained] == times
 
 
+def test_the_table_grows_with_every_network(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends in the middle has a table of what was done, and goes on there."""
+    judge = command.Judge.distance
+
+    def interrupted(self: object, variant: Any) -> float:
+        if variant.title == "windows":
+            raise KeyboardInterrupt
+        return float(judge(self, variant))
+
+    monkeypatch.setattr(command.Judge, "distance", interrupted)
+    assert command.main(arguments) == 130
+    record = json.loads((tmp_path / "results/variants.json").read_text())
+    assert [len(row["distances"]) for row in record["trained"]] == [1, 1, 1]
+    assert "and with 1 of 2 seeds" in (tmp_path / "results/variants.md").read_text()
+    monkeypatch.setattr(command.Judge, "distance", judge)
+    assert command.main(arguments) == 0
+    record = json.loads((tmp_path / "results/variants.json").read_text())
+    assert [len(row["distances"]) for row in record["trained"]] == [2, 2, 2, 2]
+
+
 def test_a_mistake_is_one_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*arguments, "--flops", "-1"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("bench.variants: ")
     assert message.count("\n") == 1
     assert command.main([*arguments, "--family", "nowhere.json"]) == 2
+
+
+def test_pictures_that_cannot_be_judged_are_refused_before_training(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = json.loads((tmp_path / "family.json").read_text())
+    (tmp_path / "family.json").write_text(json.dumps({**family, "set": ["data.size=32"]}))
+    assert command.main(arguments) == 2
+    assert "data.size is 32×32, and the classifier that judges reads 64×64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_family_that_ships_can_be_built() -> None:
