@@ -162,12 +162,18 @@ def row_times(variants: Sequence[Variant]) -> dict[str, float]:
 
 
 def without_training(variants: Sequence[Variant]) -> dict[str, VariantResult]:
-    """Return what is known of each variant before it is trained, by its title."""
-    times, known = row_times(variants), {}
+    """Return what is known of each variant before it is trained, by its title.
+
+    It stands beside the last plain DiT before it in the family.
+    """
+    times, known, plain = row_times(variants), {}, variants[0].title
     for variant in variants:
+        if isinstance(variant.config, DiTConfig) and is_plain(variant.config):
+            plain = variant.title
         row = cost(variant.config)
         known[variant.title] = VariantResult(
             name=variant.title,
+            beside=plain,
             tokens=row.tokens,
             parameters=row.parameters,
             macs=row.macs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ditserve.bench import report
 from ditserve.bench.variants.forward import NETWORKS, SCAN, ForwardCost, build, measure_forward
 from ditserve.bench.variants.scan import STATES, SelectiveScan
+from ditserve.bench.variants.table import VariantResult, markdown
 from ditserve.model.scaling.family import Family
 from tests.model.train.training_cases import tiny_run, write_pictures
 
@@ -46,6 +48,7 @@ def test_all_variants_stand_in_one_table(
         *("full", "full, 25% merged", "full, 50% merged", "windows")
     ]
     whole, _, merged, windows = record["trained"]
+    assert {row["beside"] for row in record["trained"]} == {"full"}
     assert len(whole["losses"]) == len(windows["distances"]) == 2
     assert merged["losses"] == []
     assert merged["macs"] < whole["macs"]
@@ -77,11 +80,32 @@ def test_the_table_grows_with_every_network(
     assert command.main(arguments) == 130
     record = json.loads((tmp_path / "results/variants.json").read_text())
     assert [len(row["distances"]) for row in record["trained"]] == [1, 1, 1]
+    assert "One seed tells no variant from another" in (tmp_path / "results/variants.md").read_text()
     assert "and with 1 of 2 seeds" in (tmp_path / "results/variants.md").read_text()
     monkeypatch.setattr(command.Judge, "distance", judge)
     assert command.main(arguments) == 0
     record = json.loads((tmp_path / "results/variants.json").read_text())
     assert [len(row["distances"]) for row in record["trained"]] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("distances", "row_ms", "pays"),
+    [
+        ([5.0, 5.2, 4.8], 10.0, True),
+        ([5.0, 5.2, 4.8], 11.0, False),
+        ([6.0, 6.4, 5.6], 9.0, True),
+        ([6.0, 6.4, 5.6], 9.9, False),
+        ([7.0, 7.2, 6.8], 9.0, False),
+    ],
+)
+def test_a_variant_pays_that_is_nearer_or_faster_and_not_worse(
+    distances: list[float], row_ms: float, pays: bool
+) -> None:
+    plain = VariantResult("full", "full", 64, 1, 1, 1, 1, 1, [0.1] * 3, [6.0, 6.2, 5.8], 10.0, 1, 1)
+    other = replace(plain, name="other", distances=distances, row_ms=row_ms)
+    text = markdown([plain, other], [], command.parse(["--flops", "4e12", "--seeds", "3"]))
+    assert ("Pay: other. Do not: none." in text) is pays
+    assert ("Pay: none. Do not: other." in text) is not pays
 
 
 def test_a_mistake_is_one_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
