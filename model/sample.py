@@ -1,9 +1,10 @@
-"""Sample a bundle or a training run offline, to one picture: `python -m model.sample MODEL`.
+"""Sample a bundle or a training run offline, to a sheet: `python -m model.sample MODEL`.
 
 python -m model.sample model/zoo/emoji -c label=red-apple,style=noto --count 8 -o apples.png
 python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
 python -m model.sample my-sd3 --prompt "a red bicycle" --steps 8 -o bicycle.png
 python -m model.sample model/zoo/emoji -c label=lemon,style=noto --image strawberry.png --strength 0.6
+python -m model.sample model/zoo/emoji --prompts prompts.txt --columns 12 -o sheet.png
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
@@ -31,16 +32,18 @@ from ditserve.model.sampling.prompt import (
     combine_conditions,
     embed_terms,
     encoder_of,
-    label_tensor,
     parse_condition,
+    read_prompts,
 )
 from ditserve.model.sampling.sheet import (
     CHUNK,
+    ConditionSheet,
+    Sheet,
     captioned_grid,
     check_sheet,
+    class_sheet,
     picture_grid,
-    sheet_captions,
-    sheet_labels,
+    prompt_sheet,
     to_pixels,
 )
 from ditserve.model.sampling.source import SourceFiles
@@ -51,6 +54,7 @@ from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.sizes import AXES, Size
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.spec.source import walked_steps
 from ditserve.model.spec.windows import windows_over
@@ -86,42 +90,41 @@ class _Opened:
         return combine_conditions(self.parts, weights, how, rows, negative=self.negative)
 
 
-def sample(options: argparse.Namespace) -> Image.Image:
-    """Return the picture that the command line asks for: samples of conditions, or a sheet of classes.
+def sample(options: argparse.Namespace) -> Sheet:
+    """Return the sheet that the command line asks for: samples of conditions, or one of each class.
 
     Raises:
         ModelError, ValueError: the model cannot be loaded, or an option is not possible for it.
     """
-    files = SourceFiles(options.image, options.mask, options.strength)
     bundle = imported_pipeline(options.model)
     opened = _open_own(options) if bundle is None else _open_pipeline(bundle, options)
+    moves = opened.loaded.manifest.first_axis is not None
+    files = SourceFiles(options.image, options.mask, options.strength, moves)
     loaded, terms, negative = opened.loaded, opened.terms, opened.negative
     model = loaded.network
     table, guidance = _sampling(loaded, options, files.share)
-    size = tuple(options.size) if options.size else model.config.image_size
-    samples, columns = options.count or COUNT, options.columns or 8
-    if not terms:
-        sheet, columns = _sheet(model.config.classes, options)
-        labels = label_tensor(sheet, model.config.classes)
-        sheet_embeddings = model.embed(labels.to(next(model.parameters()).device))
-        samples = len(sheet)
+    size = _size(options, model.config.image_size)
+    samples, columns, sheet = options.count or COUNT, options.columns or 8, None
+    if options.prompts or not terms:
+        sheet = _sheet(opened, options)
+        samples, columns = len(sheet.captions), sheet.columns
     columns = min(columns, samples)
-    check_sheet(samples, *size)
+    check_sheet(samples, size)
     if options.windows:
         # A size that no window fits is refused here.
-        windows_over((size[0], size[1]), model.config.image_size)
-    source = files.read(opened.decoder, (size[0], size[1]), next(model.parameters()).device)
+        windows_over(size, model.config.image_size)
+    source = files.read(opened.decoder, size, next(model.parameters()).device)
     kind = WindowDenoiser if options.windows else Denoiser
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
         task = progress.add_task("sampling", total=samples * len(table))
         for start in range(0, samples, CHUNK):
             part = min(CHUNK, samples - start)
-            if terms:
+            if sheet is None:
                 conditions = opened.conditions(options.combine, part)
             else:
                 subtracted = None if negative is None else negative.expand(part, -1)
-                conditions = Conditions((sheet_embeddings[start : start + part],), negative=subtracted)
+                conditions = Conditions((sheet.embeddings[start : start + part],), negative=subtracted)
             denoiser = kind(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(part)]
             clip = loaded.manifest.diffusion.clip_x0
@@ -132,9 +135,16 @@ def sample(options: argparse.Namespace) -> Image.Image:
                 progress.advance(task, part)
                 if step == len(table):
                     pixels.append(to_pixels(opened.decoder.decode(x0)))
-    if not terms:
-        return captioned_grid(np.concatenate(pixels), columns, sheet_captions(sheet, loaded.manifest.factors))
-    return picture_grid(np.concatenate(pixels), columns)
+    captioned = sheet and partial(captioned_grid, columns=columns, captions=sheet.captions)
+    draw = captioned or partial(picture_grid, columns=columns)
+    return Sheet.of(np.concatenate(pixels), draw, loaded.manifest.fps)
+
+
+def _size(options: argparse.Namespace, own: Size) -> Size:
+    """Return the size that the command line asks for, or the model's `own`. Raises `SampleError`."""
+    if options.size and len(options.size) != len(own):
+        raise SampleError(f"--size takes {AXES[len(own)]} of this model, which are {len(own)} numbers")
+    return tuple(options.size or own)
 
 
 def _open_own(options: argparse.Namespace) -> _Opened:
@@ -187,24 +197,30 @@ def _open_pipeline(bundle: Bundle, options: argparse.Namespace) -> _Opened:
 
 
 def _terms(manifest: Manifest, options: argparse.Namespace) -> list[PromptTerm]:
+    """Return the conditions of the command line, or those of `--prompts`."""
+    if options.prompts and (options.condition or options.prompt):
+        raise SampleError("--prompts is a sheet of its own: leave --condition and --prompt out")
     terms = [parse_condition(text, manifest.factors) for text in options.condition]
     nothing = (None,) * len(manifest.factors)
-    return [*terms, *(PromptTerm(nothing, prompt) for prompt in options.prompt)]
+    prompts = read_prompts(options.prompts) if options.prompts else options.prompt
+    return [*terms, *(PromptTerm(nothing, prompt) for prompt in prompts)]
 
 
-def _sheet(
-    classes: Sequence[int], options: argparse.Namespace
-) -> tuple[Sequence[tuple[int | None, ...]], int]:
-    """Return the labels of samples of each class, or of `--count` samples without, and the number of columns.
+@torch.no_grad()
+def _sheet(opened: _Opened, options: argparse.Namespace) -> ConditionSheet:
+    """Return the sheet of `--prompts`, or else that of the model's classes.
 
     Raises:
         ValueError: `--count` is given where it would change nothing.
     """
-    if not classes:
-        return [()] * (options.count or COUNT), options.columns or 8
-    if options.count:
+    network, factors = opened.loaded.network, opened.loaded.manifest.factors
+    if options.prompts:
+        captions = [term.text or "" for term in opened.terms]
+        return prompt_sheet(captions, opened.parts, options.count or 1, options.columns)
+    if options.count and factors:
         raise ValueError("--count is of a condition: name one with -c, or leave it out for one of each class")
-    return sheet_labels(classes, options.columns or 10)
+    columns = options.columns or (10 if factors else 8)
+    return class_sheet(network, factors, options.count or COUNT, columns)
 
 
 def _embeddings(
@@ -260,10 +276,11 @@ def _sampling(loaded: LoadedModel, options: argparse.Namespace, walked: float) -
 
 def run(options: argparse.Namespace) -> None:
     """Write the picture to `--out` and say so."""
-    picture = sample(options)
+    sheet = sample(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(options.out)
-    print(f"wrote {options.out} ({picture.width}×{picture.height})")
+    sheet.save(options.out)
+    frames = f", {len(sheet.frames)} frames" if len(sheet.frames) > 1 else ""
+    print(f"wrote {options.out} ({sheet.frames[0].width}×{sheet.frames[0].height}{frames})")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -295,6 +312,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TEXT",
         help="a condition that is a text alone, the same as -c text=TEXT",
+    )
+    add(
+        "--prompts",
+        type=named_path,
+        metavar="FILE",
+        help="a sheet of a prompt a line, --count of each (1)",
     )
     add(
         "--combine",
@@ -334,11 +357,15 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--size",
         type=positive,
-        nargs=2,
-        metavar=("H", "W"),
-        help="in pixels or latent pixels",
+        nargs="+",
+        metavar="SIDE",
+        help="height and width in pixels or latent pixels, and before them the frames of a clip",
     )
-    add("--image", type=named_path, help="picture to start from, cut and scaled to the size")
+    add(
+        "--image",
+        type=named_path,
+        help="picture to start from, cut and scaled to the size; of clips, the first frame or a clip",
+    )
     add("--mask", type=named_path, help="what is repainted of it, white in a picture of the same shape")
     add("--strength", type=share, help="share of the steps that are walked from it, the last ones (0.8)")
     add("--windows", action="store_true", help="draw --size in overlapping windows of the model's own size")

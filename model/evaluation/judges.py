@@ -9,6 +9,7 @@ from ditserve.commands import command_line
 from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
 from ditserve.model.evaluation.features import FeatureNetwork, classifier_features, inception_features
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.sizes import Size
 from ditserve.model.train.loaded_model import LoadedModel
 
 
@@ -57,8 +58,8 @@ def known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, int
     return len(known & wanted), len(wanted)
 
 
-def _sides(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
+def _sides(size: Size) -> str:
+    return "×".join(map(str, size))
 
 
 def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argparse.Namespace) -> str:

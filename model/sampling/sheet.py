@@ -1,9 +1,11 @@
-"""Sample sheets: decoded pictures side by side in one image."""
+"""Sample sheets: decoded pictures side by side in one image, or clips and volumes in a moving one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +20,56 @@ from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.model.spec.solvers import step_table
 
 LARGEST = 1 << 30  # bytes of one picture
 STRIP = 14  # pixels of a caption's line
 WIDEST = 120
+LINES = 2  # of a caption, at most
 CHUNK = 32  # samples denoised together
+SLICES = 8.0  # of a volume, shown in a second
+MOVING = (".png", ".webp")  # the formats of files that hold a moving sheet
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """An image of samples side by side, or one image a frame of clips, `fps` in a second."""
+
+    frames: tuple[Image.Image, ...]
+    fps: float = SLICES
+
+    @classmethod
+    def of(
+        cls,
+        pixels: npt.NDArray[np.uint8],
+        draw: Callable[[npt.NDArray[np.uint8]], Image.Image],
+        fps: float | None = None,
+    ) -> Sheet:
+        """Return the sheet of pictures uint8 (N, H, W, 3), or clips (N, F, H, W, 3), that `draw` arranges."""
+        moments = (pixels,) if pixels.ndim == 4 else pixels.swapaxes(0, 1)
+        return cls(tuple(draw(moment) for moment in moments), fps or SLICES)
+
+    def save(self, file: Path) -> None:
+        """Write the sheet; its frames follow one another and begin again.
+
+        Raises:
+            ValueError: the format of a moving sheet has no frames.
+        """
+        first, *others = self.frames
+        if not others:
+            first.save(file)
+            return
+        if file.suffix.lower() not in MOVING:
+            raise ValueError(f"clips are written to {' or '.join(MOVING)} files, not {file.name}")
+        first.save(file, save_all=True, append_images=others, duration=1000 / self.fps, loop=0, lossless=True)
 
 
 def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:
-    """Return pictures (N, 3, H, W) in [−1, 1] as uint8 (N, H, W, 3)."""
+    """Return pictures (N, 3, H, W) in [−1, 1] as uint8 (N, H, W, 3), and clips as (N, F, H, W, 3)."""
     pixels = (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.movedim(1, -1).cpu().numpy()
 
 
 def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
@@ -42,36 +82,56 @@ def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
     return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
 
 
-def check_sheet(count: int, height: int, width: int) -> None:
+def check_sheet(count: int, size: Size) -> None:
     """Refuse pictures that take more than `LARGEST` bytes side by side.
 
     Raises:
         ValueError: there are too many, or they are too large.
     """
-    if count * height * width * 3 > LARGEST:
+    if count * math.prod(size) * 3 > LARGEST:
         raise ValueError(
-            f"{count} pictures of {height}×{width} take more than {LARGEST >> 20} MiB in one: ask for less"
+            f"{count} pictures of {size_name(size)} take more than {LARGEST >> 20} MiB in one: ask for less"
         )
 
 
 def captioned_grid(pixels: npt.NDArray[np.uint8], columns: int, captions: Sequence[str]) -> Image.Image:
     """Return pictures row by row as `picture_grid` does, each above its caption.
 
-    A picture narrower than a caption stands in a wider cell, up to `WIDEST` pixels.
+    A picture narrower than a caption stands in a wider cell, up to `WIDEST` pixels. A caption that is wider
+    still takes two lines, and is cut off there.
     """
     n, height, width, _ = pixels.shape
     font = ImageFont.load_default()
     cell = max(width, min(WIDEST, math.ceil(max((font.getlength(text) for text in captions), default=0)) + 4))
-    rows, tall = -(-n // columns), height + STRIP
+    broken = [_lines(text, cell, font) for text in captions]
+    rows, tall = -(-n // columns), height + STRIP * max(map(len, broken), default=1)
     sheet = Image.new("RGB", (columns * cell, rows * tall), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (picture, text) in enumerate(zip(pixels, captions, strict=True)):
+    for k, (picture, lines) in enumerate(zip(pixels, broken, strict=True)):
         left, top = k % columns * cell, k // columns * tall
         sheet.paste(Image.fromarray(picture), (left + (cell - width) // 2, top))
-        while font.getlength(text) > cell:
-            text = f"{text.removesuffix('…')[:-1]}…"
-        draw.text((left + (cell - font.getlength(text)) / 2, top + height), text, "black", font)
+        for line, text in enumerate(lines):
+            place = left + (cell - font.getlength(text)) / 2, top + height + line * STRIP
+            draw.text(place, text, "black", font)
     return sheet
+
+
+def _lines(text: str, width: int, font: Font) -> list[str]:
+    """Break a caption between words into at most `LINES` lines of so many pixels; the last may be cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width and len(lines) < LINES:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(text: str, width: int, font: Font) -> str:
+    while font.getlength(text) > width:
+        text = f"{text.removesuffix('…')[:-1]}…"
+    return text
 
 
 def sheet_captions(rows: Sequence[Sequence[int | None]], factors: Sequence[Factor]) -> list[str]:
@@ -95,6 +155,32 @@ def sheet_labels(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[
     seconds: list[list[int]] = [[second] for second in range(classes[1])] if len(classes) > 1 else [[]]
     rest = [None] * (len(classes) - 2)
     return [(first, *second, *rest) for second in seconds for first in chosen], len(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionSheet:
+    """Samples of different conditions: the embedding (E,) and the caption of each, and the columns."""
+
+    embeddings: Tensor
+    captions: Sequence[str]
+    columns: int
+
+
+def prompt_sheet(
+    prompts: Sequence[str], embeddings: Sequence[Tensor], count: int, columns: int | None
+) -> ConditionSheet:
+    """Return a sheet with `count` samples of each prompt, side by side, of the prompts' embeddings (E,)."""
+    each = torch.stack(list(embeddings)).repeat_interleave(count, dim=0)
+    captions = [prompt for prompt in prompts for _ in range(count)]
+    return ConditionSheet(each, captions, columns or (count if count > 1 else 8))
+
+
+def class_sheet(model: Network, factors: Sequence[Factor], count: int, columns: int) -> ConditionSheet:
+    """Return a sheet as `sheet_labels` has it, or one of `count` samples of a model without classes."""
+    classes = model.config.classes
+    rows, width = sheet_labels(classes, columns) if classes else ([()] * count, columns)
+    labels = label_tensor(rows, classes).to(next(model.parameters()).device)
+    return ConditionSheet(model.embed(labels), sheet_captions(rows, factors), width)
 
 
 @torch.no_grad()
@@ -126,11 +212,14 @@ def sheet_samples(
 
 
 @torch.no_grad()
-def draw_sheet(samples: Tensor, decoder: PictureDecoder, factors: Sequence[Factor]) -> Image.Image:
+def draw_sheet(
+    samples: Tensor, decoder: PictureDecoder, factors: Sequence[Factor], fps: float | None = None
+) -> Sheet:
     """Draw `sheet_samples`: classes of the first factor side by side, of the second below each other.
 
-    `factors` name the classes, which stand below the pictures.
+    `factors` name the classes, which stand below the pictures; `fps` is the pace of clips.
     """
     rows, width = sheet_labels([len(factor.classes) for factor in factors])
     pictures = [to_pixels(decoder.decode(chunk)) for chunk in samples.split(CHUNK)]
-    return captioned_grid(np.concatenate(pictures), width, sheet_captions(rows, factors))
+    captions = sheet_captions(rows, factors)
+    return Sheet.of(np.concatenate(pictures), lambda pixels: captioned_grid(pixels, width, captions), fps)
