@@ -83,19 +83,18 @@ class Variant:
 def variants_of(run: FamilyRun) -> list[Variant]:
     """Return the network of a run, and if it is the plain DiT also those with tokens merged."""
     config = run.config.network_config(run.config.open_dataset())
-    shares = MERGED if isinstance(config, DiTConfig) and is_plain(config) else ()
-    merged = [
-        Variant(f"{run.title}, {share:.0%} merged", run, replace(config, merge_tokens=share))
-        for share in shares
-    ]
-    return [Variant(run.title, run, config), *merged]
+    variants = [Variant(run.title, run, config)]
+    if isinstance(config, DiTConfig) and is_plain(config):
+        merged = {f"{run.title}, {share:.0%} merged": share for share in MERGED}
+        variants += [Variant(t, run, replace(config, merge_tokens=share)) for t, share in merged.items()]
+    return variants
 
 
 def is_plain(config: DiTConfig) -> bool:
     """Return True for a network that is none of the variants itself, and whose tokens can be merged."""
-    variants = (config.varies_attention, config.conv_mlp, any(config.level_plan), config.merge_tokens)
-    variants += (config.experts, config.shared_modulation, config.condition_gate, config.rope)
-    return not any(variants) and not any(side % 2 for side in config.grid_size)
+    varies = config.varies_attention or config.conv_mlp or any(config.level_plan) or config.rope
+    varies = varies or config.experts > 0 or config.shared_modulation or config.condition_gate
+    return not varies and not config.merge_tokens and not any(side % 2 for side in config.grid_size)
 
 
 class Judge:
