@@ -56,6 +56,7 @@ from ditserve.model.evaluation.picture_sets import (
     choose_rows,
     collect_sets,
     open_data,
+    picture_size,
 )
 from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
@@ -105,8 +106,8 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
     Raises:
         EvaluationError: more pictures than the memory holds, or than `--limit` for one combination.
     """
-    defaults, config = loaded.manifest.defaults, loaded.network.config
-    needed = options.limit * 4 * math.prod((config.in_channels, *config.image_size))
+    defaults = loaded.manifest.defaults
+    needed = options.limit * 4 * 3 * math.prod(picture_size(loaded))
     if needed > memory_bytes():
         raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
     if options.per_pair is not None and options.per_pair > options.limit:
@@ -165,7 +166,7 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
     decoder = open_decoder(manifest, options.vae)
-    dataset = open_data(loaded, options.data)
+    dataset = open_data(loaded, options.data, pictures=True)
     check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
     # What cannot be told is said before hours of sampling.
@@ -266,7 +267,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a bundle, or a training run; several: to compare",
     )
-    parser.add_argument("--data", type=named_path, required=True, help="the data it was trained on")
+    parser.add_argument(
+        "--data",
+        type=named_path,
+        required=True,
+        help="the data it was trained on; of a bundle on latents also their pictures",
+    )
     parser.add_argument(
         "--out", type=named_path, help="folder for the report and pictures (default: the model's)"
     )
