@@ -10,8 +10,9 @@ from ditserve.export.graph import decoder_graph, encoder_graph
 from ditserve.export.parity import verify_decoder, verify_encoder
 from ditserve.export.storage import data_file, save_whole
 from ditserve.export.verify import Band
-from ditserve.model.nets.autoencoder import PictureAutoencoder, SdVae, open_decoder
-from ditserve.model.spec.bundle import DECODER, ENCODER, GOLDEN
+from ditserve.model.nets.autoencoder import PictureAutoencoder, SdVae, SmallVae, open_decoder
+from ditserve.model.nets.small_autoencoder import DESCRIPTION
+from ditserve.model.spec.bundle import DECODER, ENCODER, GOLDEN, SMALL_AUTOENCODER, WEIGHTS
 from ditserve.model.spec.manifest import Golden, Manifest
 
 
@@ -21,8 +22,8 @@ def write_decoder(
     """Write the decoder and the encoder of a model on latents; return their errors.
 
     They are those of the autoencoder in `vae`, or a copy of another bundle's `graph` of the decoder and of
-    the encoder beside it, if there is one. Nothing is written for a model on pixels. Graphs that are copied
-    from another export are not verified again.
+    the encoder beside it, if there is one. A small autoencoder comes along whole. Nothing is written for a
+    model on pixels. Graphs that are copied from another export are not verified again.
 
     Raises:
         ExportError: a graph differs from torch.
@@ -36,6 +37,8 @@ def write_decoder(
         if isinstance(autoencoder, SdVae):
             # Tiling is chosen by the size, and a graph of any size cannot branch on it.
             autoencoder.vae.disable_tiling()
+        if isinstance(autoencoder, SmallVae):
+            copy_small_autoencoder(vae, folder / SMALL_AUTOENCODER)
         return save_autoencoder(autoencoder, folder, channels)
     assert graph is not None
     for file in (graph, graph.with_name(ENCODER)):
@@ -43,6 +46,13 @@ def write_decoder(
             if part.is_file():
                 shutil.copy(part, folder)
     return {}
+
+
+def copy_small_autoencoder(source: Path, target: Path) -> None:
+    """Copy the two files of a small autoencoder, by which torch draws what the graphs draw."""
+    target.mkdir()
+    for name in (DESCRIPTION, WEIGHTS):
+        shutil.copy(source / name, target)
 
 
 def save_autoencoder(

@@ -58,7 +58,7 @@ from ditserve.model.evaluation.picture_sets import (
     open_data,
     picture_size,
 )
-from ditserve.model.nets.autoencoder import open_decoder
+from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
@@ -165,7 +165,7 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
-    decoder = open_decoder(manifest, options.vae)
+    decoder = open_decoder(manifest, autoencoder_folder(model, options.vae))
     dataset = open_data(loaded, options.data, pictures=True)
     check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1"
     )
-    parser.add_argument("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    parser.add_argument("--vae", type=named_path, help="its autoencoder's folder, if the bundle has none")
     return parser
 
 
