@@ -8,7 +8,7 @@ from pathlib import Path
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import decoder_graph, encoder_graph
 from ditserve.export.parity import verify_decoder, verify_encoder
-from ditserve.export.storage import data_file, save_whole
+from ditserve.export.storage import data_file, save_graph, save_whole
 from ditserve.export.verify import Band
 from ditserve.model.nets.autoencoder import PictureAutoencoder, SdVae, SmallVae, open_decoder
 from ditserve.model.nets.small_autoencoder import DESCRIPTION
@@ -59,8 +59,10 @@ def save_autoencoder(
     autoencoder: PictureAutoencoder, folder: Path, channels: int
 ) -> dict[str, tuple[Band, ...]]:
     """Write the graphs of an autoencoder; return their errors. Raises `ExportError` as `write_decoder`."""
-    save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
-    save_whole(encoder_graph(autoencoder), folder / ENCODER)
+    # The weights of a small autoencoder lie beside its graphs.
+    save = save_graph if isinstance(autoencoder, SmallVae) else save_whole
+    save(decoder_graph(autoencoder, channels), folder / DECODER)
+    save(encoder_graph(autoencoder), folder / ENCODER)
     return {
         DECODER: verify_decoder(autoencoder, folder / DECODER, channels),
         ENCODER: verify_encoder(autoencoder, folder / ENCODER),

@@ -204,7 +204,7 @@ def test_a_model_of_one_channel_cannot_go_without_a_decoder() -> None:
 
 
 def test_a_small_autoencoder_comes_along_for_what_draws_with_torch(tmp_path: Path) -> None:
-    sizes = SmallAutoencoderConfig(latent_channels=4, widths=(8,), blocks=(0,))
+    sizes = SmallAutoencoderConfig(latent_channels=4, widths=(16,), blocks=(1,))
     folder, bundle = tmp_path / "small", tmp_path / "bundle"
     for made in (folder, bundle):
         made.mkdir()
@@ -222,3 +222,8 @@ def test_a_small_autoencoder_comes_along_for_what_draws_with_torch(tmp_path: Pat
         name for name in listed if "/" in name
     }
     assert open_decoder(latent, own).factor == 2
+    # The graphs hold no second copy of its weights.
+    for name in (DECODER, ENCODER):
+        tensors = onnx.load(bundle / name, load_external_data=False).graph.initializer
+        assert any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors)
+        assert all(len(tensor.raw_data) < 1024 for tensor in tensors)
