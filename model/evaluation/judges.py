@@ -16,6 +16,7 @@ from ditserve.model.evaluation.classifier_network import (
 from ditserve.model.evaluation.features import FeatureNetwork, classifier_features, inception_features
 from ditserve.model.evaluation.picture_sets import picture_size
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.sizes import Size
 from ditserve.model.train.loaded_model import LoadedModel
 
 
@@ -66,8 +67,8 @@ def known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, int
     return len(known & wanted), len(wanted)
 
 
-def _sides(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
+def _sides(size: Size) -> str:
+    return "×".join(map(str, size))
 
 
 def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.decoder import check_decoder, write_decoder
 from ditserve.export.errors import ExportError
-from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
+from ditserve.export.graph import SIDES, _transpose_narrow_convolutions, backbone_graph
 from ditserve.export.graph_files import write_graphs
 from ditserve.export.half import half_network
 from ditserve.export.parity import expected_outputs, verify_graphs
@@ -33,6 +33,7 @@ from ditserve.model.nets.small_autoencoder import (
 from ditserve.model.spec.bundle import DECODER, ENCODER, MANIFEST, parse_manifest, write_manifest
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
 from ditserve.model.spec.manifest import LatentSpec
+from ditserve.model.spec.network_config import size_multiples
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import tiny_source
 
@@ -81,6 +82,19 @@ OPTIONS: dict[str, NetworkConfig] = {
         shared_modulation=True,
     ),
     "U-Net": UNET,
+    "clips, space and time": replace(
+        PLAIN, image_size=(4, 8, 12), attention=("space", "time"), rope=True, head_channels=6
+    ),
+    "clips, local attention": replace(
+        PLAIN,
+        image_size=(4, 16, 16),
+        depth=3,
+        num_heads=3,
+        hidden_size=24,
+        attention=("window:2+1", "neighbourhood:1", "axial"),
+        levels=(0, 0, 1),
+        conv_mlp=True,
+    ),
 }
 
 
@@ -97,8 +111,9 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     assert ("embedder.onnx" in bands) is conditional
     assert any(name.startswith("backbone.onnx at ") for name in bands) is free
     backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph
-    multiple = config.size_multiple if isinstance(config, DiTConfig) else 2
-    sides = [f"{multiple}*rows", f"{multiple}*columns"] if free else list(config.image_size)
+    multiples = size_multiples(config) or ()
+    named = zip(multiples, SIDES[-len(multiples) :], strict=True)
+    sides = [f"{part}*{side}" if part > 1 else side for part, side in named] if free else [*config.image_size]
     shape = backbone.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]
     doubles = [tensor.name for tensor in backbone.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]
