@@ -14,7 +14,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -
 
 # The packages, in virtual environments without pip: the one that installs has an environment of its own. The code itself comes with the
 # images below: what is installed here is its dependencies, at the versions of a lock and with its hashes. The locks have traces, and
-# what models need that take text; with other EXTRAS of pyproject.toml, or none, the versions are those of constraints.txt.
+# what models need that take text, those of the workers the text encoder `minilm` too. With other EXTRAS of pyproject.toml, or none, the
+# versions are those of constraints.txt, and `minilm` is not among them.
 FROM ${PYTHON_IMAGE} AS packages
 RUN python3 -m venv /pip && python3 -m venv --without-pip /venv
 WORKDIR /build
@@ -27,7 +28,7 @@ FROM packages AS packages-api
 ARG EXTRAS=otel,serve-text
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ "${EXTRAS}" = otel,serve-text ]; \
-    then set -- --require-hashes --requirement locks/api.txt; \
+    then set -- --no-deps --require-hashes --requirement locks/api.txt; \
     else set -- --constraint constraints.txt ".${EXTRAS:+[${EXTRAS}]}"; fi && \
     /pip/bin/pip --python /venv/bin/python install "$@"
 
@@ -35,7 +36,7 @@ FROM packages AS packages-worker-cpu
 ARG EXTRAS=otel,serve-text
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ "${EXTRAS}" = otel,serve-text ]; \
-    then set -- --require-hashes --requirement locks/worker-cpu.txt; \
+    then set -- --no-deps --require-hashes --requirement locks/worker-cpu.txt; \
     else set -- --constraint constraints.txt ".[cpu${EXTRAS:+,${EXTRAS}}]"; fi && \
     /pip/bin/pip --python /venv/bin/python install "$@"
 

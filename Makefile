@@ -52,10 +52,10 @@ bench-check: $(TESTING) ## Compare cheap ratios with those on record.
 
 lock: $(TESTING) ## Write deploy/locks: the packages of `make serve` and of the images, with the hashes of their files.
 	@mkdir -p $(LOCKS)
-	@$(call LOCK,serve,serve)
+	@$(call LOCK,serve,serve minilm)
 	@$(call LOCK,api,otel serve-text)
-	@$(call LOCK,worker-cpu,cpu otel serve-text)
-	@$(call LOCK,worker,gpu otel serve-text) --no-emit-package tensorrt-cu13-libs
+	@$(call LOCK,worker-cpu,cpu otel serve-text minilm)
+	@$(call LOCK,worker,gpu otel serve-text minilm) --no-emit-package tensorrt-cu13-libs
 
 clean: ## Remove the virtual environment and all caches.
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -64,7 +64,7 @@ clean: ## Remove the virtual environment and all caches.
 $(VENV)/.%-$(KEY): | $(BIN)/python
 	@echo "Installing the $* packages into $(VENV) … $(if $(TORCH_INDEX),,$(if $(filter dev,$*),$(TORCH_HINT)))"
 	@{ $(if $(wildcard $(LOCKS)/$*.txt), \
-	    $(INSTALL) --require-hashes --requirement $(LOCKS)/$*.txt && $(INSTALL) --no-deps --editable ., \
+	    $(INSTALL) --no-deps --require-hashes --requirement $(LOCKS)/$*.txt && $(INSTALL) --no-deps --editable ., \
 	    $(INSTALL) --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$*]'); \
 	} >>$(LOG) 2>&1 || { \
 	    echo "error: the packages could not be installed (is a package index reachable?): see $(LOG)" >&2; exit 1; }

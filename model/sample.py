@@ -4,6 +4,7 @@ python -m model.sample model/zoo/emoji -c label=red-apple,style=noto --count 8 -
 python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
 python -m model.sample my-sd3 --prompt "a red bicycle" --steps 8 -o bicycle.png
 python -m model.sample model/zoo/emoji -c label=lemon,style=noto --image strawberry.png --strength 0.6
+python -m model.sample model/zoo/emoji --prompts prompts.txt --columns 12 -o sheet.png
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ from ditserve.model.sampling.prompt import (
     combine_conditions,
     embed_terms,
     encoder_of,
-    label_tensor,
     parse_condition,
+    read_prompts,
 )
 from ditserve.model.sampling.sheet import (
     CHUNK,
+    ConditionSheet,
     captioned_grid,
     check_sheet,
+    class_sheet,
     picture_grid,
-    sheet_captions,
-    sheet_labels,
+    prompt_sheet,
     to_pixels,
 )
 from ditserve.model.sampling.source import SourceFiles
@@ -99,12 +101,10 @@ def sample(options: argparse.Namespace) -> Image.Image:
     model = loaded.network
     table, guidance = _sampling(loaded, options, files.share)
     size = tuple(options.size) if options.size else model.config.image_size
-    samples, columns = options.count or COUNT, options.columns or 8
-    if not terms:
-        sheet, columns = _sheet(model.config.classes, options)
-        labels = label_tensor(sheet, model.config.classes)
-        sheet_embeddings = model.embed(labels.to(next(model.parameters()).device))
-        samples = len(sheet)
+    samples, columns, sheet = options.count or COUNT, options.columns or 8, None
+    if options.prompts or not terms:
+        sheet = _sheet(opened, options)
+        samples, columns = len(sheet.captions), sheet.columns
     columns = min(columns, samples)
     check_sheet(samples, *size)
     if options.windows:
@@ -117,11 +117,11 @@ def sample(options: argparse.Namespace) -> Image.Image:
         task = progress.add_task("sampling", total=samples * len(table))
         for start in range(0, samples, CHUNK):
             part = min(CHUNK, samples - start)
-            if terms:
+            if sheet is None:
                 conditions = opened.conditions(options.combine, part)
             else:
                 subtracted = None if negative is None else negative.expand(part, -1)
-                conditions = Conditions((sheet_embeddings[start : start + part],), negative=subtracted)
+                conditions = Conditions((sheet.embeddings[start : start + part],), negative=subtracted)
             denoiser = kind(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(part)]
             clip = loaded.manifest.diffusion.clip_x0
@@ -132,8 +132,8 @@ def sample(options: argparse.Namespace) -> Image.Image:
                 progress.advance(task, part)
                 if step == len(table):
                     pixels.append(to_pixels(opened.decoder.decode(x0)))
-    if not terms:
-        return captioned_grid(np.concatenate(pixels), columns, sheet_captions(sheet, loaded.manifest.factors))
+    if sheet is not None:
+        return captioned_grid(np.concatenate(pixels), columns, sheet.captions)
     return picture_grid(np.concatenate(pixels), columns)
 
 
@@ -187,24 +187,30 @@ def _open_pipeline(bundle: Bundle, options: argparse.Namespace) -> _Opened:
 
 
 def _terms(manifest: Manifest, options: argparse.Namespace) -> list[PromptTerm]:
+    """Return the conditions of the command line, or those of `--prompts`."""
+    if options.prompts and (options.condition or options.prompt):
+        raise SampleError("--prompts is a sheet of its own: leave --condition and --prompt out")
     terms = [parse_condition(text, manifest.factors) for text in options.condition]
     nothing = (None,) * len(manifest.factors)
-    return [*terms, *(PromptTerm(nothing, prompt) for prompt in options.prompt)]
+    prompts = read_prompts(options.prompts) if options.prompts else options.prompt
+    return [*terms, *(PromptTerm(nothing, prompt) for prompt in prompts)]
 
 
-def _sheet(
-    classes: Sequence[int], options: argparse.Namespace
-) -> tuple[Sequence[tuple[int | None, ...]], int]:
-    """Return the labels of samples of each class, or of `--count` samples without, and the number of columns.
+@torch.no_grad()
+def _sheet(opened: _Opened, options: argparse.Namespace) -> ConditionSheet:
+    """Return the sheet of `--prompts`, or else that of the model's classes.
 
     Raises:
         ValueError: `--count` is given where it would change nothing.
     """
-    if not classes:
-        return [()] * (options.count or COUNT), options.columns or 8
-    if options.count:
+    network, factors = opened.loaded.network, opened.loaded.manifest.factors
+    if options.prompts:
+        captions = [term.text or "" for term in opened.terms]
+        return prompt_sheet(captions, opened.parts, options.count or 1, options.columns)
+    if options.count and factors:
         raise ValueError("--count is of a condition: name one with -c, or leave it out for one of each class")
-    return sheet_labels(classes, options.columns or 10)
+    columns = options.columns or (10 if factors else 8)
+    return class_sheet(network, factors, options.count or COUNT, columns)
 
 
 def _embeddings(
@@ -295,6 +301,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TEXT",
         help="a condition that is a text alone, the same as -c text=TEXT",
+    )
+    add(
+        "--prompts",
+        type=named_path,
+        metavar="FILE",
+        help="a sheet of a prompt a line, --count of each (1)",
     )
     add(
         "--combine",

@@ -23,9 +23,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.zoo import FLAGSHIP
 from tests.service.queue.servers import free_port
 
 ROOT = Path(__file__).parent.parent
+MANIFEST = Bundle.open(FLAGSHIP, verify=False).manifest
+SIDE = MANIFEST.config.image_size[0] * MANIFEST.upscale  # pixels
 APPLE = {"condition": {"label": "red-apple", "style": "noto"}, "seed": 7, "steps": 10}
 
 
@@ -120,8 +124,9 @@ def test_a_png_of_a_red_apple(service: Service) -> None:
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
     picture = pixels(answer.content)
-    assert picture.shape == (64, 64, 3)
-    red, green, blue = picture[28:44, 24:40].reshape(-1, 3).mean(0)
+    assert picture.shape == (SIDE, SIDE, 3)
+    middle = picture[SIDE * 7 // 16 : SIDE * 11 // 16, SIDE * 3 // 8 : SIDE * 5 // 8]
+    red, green, blue = middle.reshape(-1, 3).mean(0)
     assert red > 130
     assert red > green + 60
     assert red > blue + 60
@@ -159,7 +164,7 @@ def test_a_seed_means_an_image_alone_or_in_a_crowd(service: Service) -> None:
 
 def test_the_model_is_described(service: Service) -> None:
     model = service.client.get("/models").json()["models"][0]
-    assert model["size"] == "64x64"
+    assert model["size"] == f"{SIDE}x{SIDE}"
     assert {factor["name"] for factor in model["factors"]} == {"label", "style"}
     assert "CC-BY-4.0" in model["licence"]
     assert "strawberry" in model["factors"][0]["classes"]
@@ -269,17 +274,17 @@ def test_an_edit_changes_as_much_as_its_strength_says_and_keeps_what_its_mask_ke
     np.testing.assert_array_equal(
         pixels(service.generate(**without)["images"][0]), pixels(edits[-1]["images"][0])
     )
-    mask = np.zeros((64, 64))
-    mask[:, :32] = 255
+    mask, half = np.zeros((SIDE, SIDE)), SIDE // 2
+    mask[:, :half] = 255
     inpainted = pixels(service.generate(**body, mask=data_url(mask), strength=0.9)["images"][0])
-    np.testing.assert_array_equal(inpainted[:, 32:], apple[:, 32:])
-    assert np.abs(inpainted - apple)[:, :32].mean() > 10
+    np.testing.assert_array_equal(inpainted[:, half:], apple[:, half:])
+    assert np.abs(inpainted - apple)[:, :half].mean() > 10
 
 
 def test_a_killed_worker_loses_no_edit(service: Service) -> None:
     apple = pixels(service.generate(steps=10)["images"][0])
-    mask = np.zeros((64, 64))
-    mask[16:48] = 255
+    mask = np.zeros((SIDE, SIDE))
+    mask[SIDE // 4 : SIDE * 3 // 4] = 255
     body = {**APPLE, "image": data_url(apple), "mask": data_url(mask), "strength": 0.8, "steps": 125}
     expected = pixels(service.generate(**body)["images"][0])
     accepted = service.client.post("/generate", json=body, headers={"Prefer": "respond-async"})

@@ -15,7 +15,7 @@ from PIL import Image
 from ditserve.model.data.sources import read_source
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.zoo import FLAGSHIP
-from tests.test_end_to_end import ROOT, Service
+from tests.test_end_to_end import ROOT, SIDE, Service
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
@@ -58,12 +58,12 @@ def test_every_example_is_run_here() -> None:
 def test_generate(service: Service, tmp_path: Path) -> None:
     lines = example("generate.py", "--url", service.url, folder=tmp_path)
     assert lines == ["strawberry-7.png", "strawberry-8.png", "20 of 20 steps"]
-    assert size_of(tmp_path / "strawberry-8.png") == (64, 64)
+    assert size_of(tmp_path / "strawberry-8.png") == (SIDE, SIDE)
 
 
 def test_openai_client(service: Service, tmp_path: Path) -> None:
     assert example("openai_client.py", "--url", service.url, folder=tmp_path) == ["openai.png"]
-    assert size_of(tmp_path / "openai.png") == (64, 64)
+    assert size_of(tmp_path / "openai.png") == (SIDE, SIDE)
 
 
 def test_stream_previews(service: Service, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_stream_previews(service: Service, tmp_path: Path) -> None:
     assert lines[-1].startswith("done ")
     previews = sorted(path.name for path in tmp_path.glob("strawberry-step-*.png"))
     assert previews == [f"strawberry-step-{step:02}.png" for step in (5, 10, 15)]
-    assert size_of(tmp_path / "strawberry.png") == (64, 64)
+    assert size_of(tmp_path / "strawberry.png") == (SIDE, SIDE)
 
 
 def test_async_jobs(service: Service, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_edit_picture(service: Service, tmp_path: Path) -> None:
     source, little, half, much, masked = np.split(pixels, 5, axis=1)
     away = [np.abs(edit - source).mean() for edit in (little, half, much)]
     assert 0 < away[0] < away[1] < away[2]
-    np.testing.assert_array_equal(masked[32:], source[32:])
-    assert np.abs(masked[:32] - source[:32]).mean() > away[0]
+    np.testing.assert_array_equal(masked[SIDE // 2 :], source[SIDE // 2 :])
+    assert np.abs(masked[: SIDE // 2] - source[: SIDE // 2]).mean() > away[0]
 
 
 def test_bring_your_own_dit(tmp_path: Path) -> None:
@@ -110,6 +110,14 @@ def test_emoji_folder(tmp_path: Path) -> None:
     assert example("emoji_folder.py", "set.npz", "out", folder=tmp_path) == ["2 pictures are in out"]
     source = read_source(tmp_path / "out")
     assert (source.catalogue.names, len(source.data), source.card.licence) == (("nature",), 2, "MIT")
+
+
+def test_unseen_prompts(tmp_path: Path) -> None:
+    captions = ["a fox\n\nfox, noto", "an owl", *(f"bee {k}\n\nbees {k}\nbee" for k in range(8))]
+    np.savez(tmp_path / "set.npz", captions=captions)
+    lines = example("unseen_prompts.py", "set.npz", "3", folder=tmp_path)
+    assert lines == ["fox, noto", "bees 2", "bees 5"]
+    assert len(example("unseen_prompts.py", "set.npz", "100", folder=tmp_path)) == 9
 
 
 def test_handheld_style(tmp_path: Path) -> None:

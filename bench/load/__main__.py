@@ -28,9 +28,9 @@ from rich.table import Table
 from ditserve.bench import report
 from ditserve.bench.load import generator
 from ditserve.bench.load.adapters import ADAPTERS, Drawing
-from ditserve.bench.load.prompts import read_prompts
 from ditserve.bench.load.summary import LoadSummary, Promise
 from ditserve.bench.load.workload import PROCESSES, STEPS_MIX, Workload
+from ditserve.model.sampling.prompt import read_prompts
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.command_line import named_path
 from ditserve.model.spec.manifest import Manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Factor, Manifest
 from ditserve.model.spec.mixing import Combine, mix_embeddings
-from ditserve.model.spec.text_encoder import text_encoder_name
+from ditserve.model.spec.text_encoder import spell_pictographs, text_encoder_name
 
 
 class SampleError(ModelError):
@@ -31,6 +32,22 @@ class PromptTerm:
     labels: tuple[int | None, ...]
     text: str | None = None
     weight: float = 1.0
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """Return the prompts of a text file, one a line.
+
+    Raises:
+        SampleError: it cannot be read, or has none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise SampleError(f"--prompts {file} cannot be read: {error}") from None
+    prompts = tuple(filter(None, map(str.strip, lines)))
+    if not prompts:
+        raise SampleError(f"--prompts {file} has no prompt: write one a line")
+    return prompts
 
 
 def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
@@ -99,7 +116,8 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
             raise SampleError(
                 f"encoder {encoder} gives {opened.size} numbers, the model takes {model.config.text_size}"
             )
-        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_width)
+        sentences = [spell_pictographs(term.text or "") for term in terms]
+        text = torch.from_numpy(opened.encode(sentences))  # (N, text_width)
         text[[not term.text for term in terms]] = 0
     device = next(model.parameters()).device
     labels = label_tensor([term.labels for term in terms], model.config.classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,9 @@ from ditserve.model.spec.solvers import step_table
 LARGEST = 1 << 30  # bytes of one picture
 STRIP = 14  # pixels of a caption's line
 WIDEST = 120
+LINES = 2  # of a caption, at most
 CHUNK = 32  # samples denoised together
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:
@@ -57,21 +60,41 @@ def check_sheet(count: int, height: int, width: int) -> None:
 def captioned_grid(pixels: npt.NDArray[np.uint8], columns: int, captions: Sequence[str]) -> Image.Image:
     """Return pictures row by row as `picture_grid` does, each above its caption.
 
-    A picture narrower than a caption stands in a wider cell, up to `WIDEST` pixels.
+    A picture narrower than a caption stands in a wider cell, up to `WIDEST` pixels. A caption that is wider
+    still takes two lines, and is cut off there.
     """
     n, height, width, _ = pixels.shape
     font = ImageFont.load_default()
     cell = max(width, min(WIDEST, math.ceil(max((font.getlength(text) for text in captions), default=0)) + 4))
-    rows, tall = -(-n // columns), height + STRIP
+    broken = [_lines(text, cell, font) for text in captions]
+    rows, tall = -(-n // columns), height + STRIP * max(map(len, broken), default=1)
     sheet = Image.new("RGB", (columns * cell, rows * tall), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (picture, text) in enumerate(zip(pixels, captions, strict=True)):
+    for k, (picture, lines) in enumerate(zip(pixels, broken, strict=True)):
         left, top = k % columns * cell, k // columns * tall
         sheet.paste(Image.fromarray(picture), (left + (cell - width) // 2, top))
-        while font.getlength(text) > cell:
-            text = f"{text.removesuffix('…')[:-1]}…"
-        draw.text((left + (cell - font.getlength(text)) / 2, top + height), text, "black", font)
+        for line, text in enumerate(lines):
+            place = left + (cell - font.getlength(text)) / 2, top + height + line * STRIP
+            draw.text(place, text, "black", font)
     return sheet
+
+
+def _lines(text: str, width: int, font: Font) -> list[str]:
+    """Break a caption between words into at most `LINES` lines of so many pixels; the last may be cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width and len(lines) < LINES:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(text: str, width: int, font: Font) -> str:
+    while font.getlength(text) > width:
+        text = f"{text.removesuffix('…')[:-1]}…"
+    return text
 
 
 def sheet_captions(rows: Sequence[Sequence[int | None]], factors: Sequence[Factor]) -> list[str]:
@@ -95,6 +118,32 @@ def sheet_labels(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[
     seconds: list[list[int]] = [[second] for second in range(classes[1])] if len(classes) > 1 else [[]]
     rest = [None] * (len(classes) - 2)
     return [(first, *second, *rest) for second in seconds for first in chosen], len(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionSheet:
+    """Samples of different conditions: the embedding (E,) and the caption of each, and the columns."""
+
+    embeddings: Tensor
+    captions: Sequence[str]
+    columns: int
+
+
+def prompt_sheet(
+    prompts: Sequence[str], embeddings: Sequence[Tensor], count: int, columns: int | None
+) -> ConditionSheet:
+    """Return a sheet with `count` samples of each prompt, side by side, of the prompts' embeddings (E,)."""
+    each = torch.stack(list(embeddings)).repeat_interleave(count, dim=0)
+    captions = [prompt for prompt in prompts for _ in range(count)]
+    return ConditionSheet(each, captions, columns or (count if count > 1 else 8))
+
+
+def class_sheet(model: Network, factors: Sequence[Factor], count: int, columns: int) -> ConditionSheet:
+    """Return a sheet as `sheet_labels` has it, or one of `count` samples of a model without classes."""
+    classes = model.config.classes
+    rows, width = sheet_labels(classes, columns) if classes else ([()] * count, columns)
+    labels = label_tensor(rows, classes).to(next(model.parameters()).device)
+    return ConditionSheet(model.embed(labels), sheet_captions(rows, factors), width)
 
 
 @torch.no_grad()

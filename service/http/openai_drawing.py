@@ -178,10 +178,11 @@ def rung_for(body: OpenAIOptions, ladder: Ladder) -> Rung | None:
 def _metadata(job: Job, body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
     """Return what OpenAI's responses and events tell about an image.
 
-    Input tokens are the classes that the prompt named, and the patches of the picture to start from; output
-    tokens the patches of the images.
+    Input tokens are the words of the texts, or the classes that the prompt named, and the patches of the
+    picture to start from; output tokens the patches of the images.
     """
-    named = sum(label is not None for term in job.condition for label in term.labels)
+    words = sum(len(term.text.split()) for term in job.condition)
+    named = words + sum(label is not None for term in job.condition for label in term.labels)
     own_size = manifest.config.image_size
     patches = manifest.config.tokens * prod(job.size or own_size) // prod(own_size)
     seen, drawn = patches if job.source is not None else 0, len(job.seeds) * patches

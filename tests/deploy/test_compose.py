@@ -140,9 +140,9 @@ def test_images_are_installed_from_the_lock_of_the_extras_that_are_the_default(t
     assert f'if [ "${{EXTRAS}}" = {default} ]' in install
     # Without any, `.[]` would be no requirement.
     assert re.search(r'constraints\.txt "\.(\$\{EXTRAS:\+\[|\[\w+\$\{EXTRAS:\+,)', install)
-    extras = {"api": set[str](), "worker-cpu": {"cpu"}, "worker": {"gpu"}}[target] | set(default.split(","))
+    own = {"api": set[str](), "worker-cpu": {"cpu", "minilm"}, "worker": {"gpu", "minilm"}}[target]
     (made,) = re.findall(rf"call LOCK,{target},([\w -]+)\)", (ROOT / "Makefile").read_text())
-    assert set(made.split()) == extras
+    assert set(made.split()) == own | set(default.split(","))
 
 
 def test_the_api_image_holds_neither_torch_nor_a_runtime() -> None:

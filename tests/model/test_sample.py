@@ -232,6 +232,36 @@ def test_a_negative_prompt_is_what_guidance_subtracts(network: Make, tiny: Tiny,
     assert sheet != sheet_against
 
 
+def test_a_file_of_prompts_is_a_sheet_of_pictures_that_each_prompt_alone_gives(
+    network: Make, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, out, file = (
+        write_bundle(network(tiny(text_size=3)), tmp_path / "words"),
+        tmp_path / "o.png",
+        tmp_path / "p",
+    )
+    command = [str(bundle), "--encoder", f"{__name__}:Counting", "-o", str(out), "--steps", "2"]
+    file.write_text("a fox\n\na long long green owl\n")
+    sheet = [*command, "--prompts", str(file)]
+    assert main([*sheet, "--count", "2"]) == 0
+    with Image.open(out) as opened:
+        pixels = np.asarray(opened)
+    # Two rows of two pictures, each in a cell as wide as its caption and above it.
+    assert pixels.shape[0] == 2 * (8 + STRIP)
+    left = (pixels.shape[1] // 2 - 8) // 2
+    for row, prompt in enumerate(("a fox", "a long long green owl")):
+        assert main([*command, "-p", prompt, "--count", "1", "--seed", str(2 * row)]) == 0
+        with Image.open(out) as opened:
+            alone = np.asarray(opened)
+        top = row * (8 + STRIP)
+        np.testing.assert_array_equal(pixels[top : top + 8, left : left + 8], alone)
+    file.write_text(" \n")
+    assert main(sheet) == 2
+    assert "has no prompt: write one a line" in capsys.readouterr().err
+    assert main([*sheet, "-p", "a fox"]) == 2
+    assert "--prompts is a sheet of its own" in capsys.readouterr().err
+
+
 def test_a_model_without_guidance_is_not_guided(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = Bundle.open(bundle).manifest
     defaults = manifest.defaults.model_copy(update={"guidance_scale": 1.0})

@@ -11,11 +11,11 @@ import pytest
 from ditserve.bench import report
 from ditserve.bench.ladder import __main__ as command
 from ditserve.bench.ladder.prompts import prompt_inputs
-from ditserve.bench.load.prompts import read_prompts
 from ditserve.model import convert
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import draw_pictures
 from ditserve.model.evaluation.ladder_plan import LadderPlan, candidates, pipeline_plan
+from ditserve.model.sampling.prompt import read_prompts
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Manifest

@@ -12,6 +12,7 @@ from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.sheet import (
     STRIP,
+    captioned_grid,
     draw_sheet,
     picture_grid,
     sheet_captions,
@@ -58,6 +59,16 @@ def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
     captions = np.asarray(sheet).reshape(3, 8 + STRIP, width, 3)[:, 8:]
     dark = (captions.reshape(3, STRIP, 5, width // 5, 3) < 100).any((1, 3, 4))
     assert dark.all(), "every picture has a caption"
+
+
+def test_a_long_caption_takes_two_lines_and_is_cut_off_there() -> None:
+    pixels = np.full((2, 128, 128, 3), 200, np.uint8)
+    short, long = "a fox", "a very long caption that says more of a fox than two lines of a picture can hold"
+    assert captioned_grid(pixels, 2, [short, short]).size == (256, 128 + STRIP)
+    sheet = np.asarray(captioned_grid(pixels, 2, [short, long]))
+    assert sheet.shape[:2] == (128 + 2 * STRIP, 256)
+    dark = (sheet[128:].reshape(2, STRIP, 2, 128, 3) < 100).any((1, 3, 4))
+    assert dark.tolist() == [[True, True], [False, True]]
 
 
 def test_captions_are_the_names_of_the_classes() -> None:

@@ -9,7 +9,7 @@ import pytest
 from ditserve.model.spec.bundle import parse_manifest
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import Manifest
-from ditserve.model.spec.text_encoder import is_encoder_class, text_encoder_name
+from ditserve.model.spec.text_encoder import is_encoder_class, spell_pictographs, text_encoder_name
 
 TINY = Path(__file__).parents[3] / "model/zoo/tiny/manifest.json"
 
@@ -41,3 +41,19 @@ def test_a_bundle_does_not_choose_what_is_imported() -> None:
         text_encoder_name(trained_with("os:system"), None, "--encoder")
     assert not is_encoder_class("C:\\models")
     assert not is_encoder_class("/models/a:b")
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("a fox,  twice", "a fox,  twice"),
+        ("a 🐱 with 🕶️", "a cat face with dark sunglasses"),
+        ("👩🏽‍🚀", "woman rocket"),
+        ("❤️", "heart"),
+        ("⬛", "large square"),
+        ("5 °C, café, 睡觉的猫, ©", "5 °C, café, 睡觉的猫, ©"),
+        ("\ue000 \U0001f9ff", "\ue000 nazar amulet"),
+    ],
+)
+def test_emoji_are_read_by_their_names(text: str, spelled: str) -> None:
+    assert spell_pictographs(text) == spelled

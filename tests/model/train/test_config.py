@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_shipped_configuration_is_read() -> None:
-    config = load_config(ROOT / "model" / "zoo" / "emoji" / "train.json")
+    config = load_config(ROOT / "model" / "zoo" / "tiny" / "train.json")
     assert (config.ema, config.space, config.loss_cap, config.schedule) == ((0.999,), "v", 5.0, "wsd")
     assert (config.precision, config.accumulate, config.timesteps) == ("fp32", 1, "uniform")
 

@@ -195,6 +195,15 @@ async def test_a_prompt_is_the_text(stage: Stage) -> None:
     assert refused.json()["errors"][0]["pointer"] == "#/prompt"
 
 
+async def test_emoji_are_read_by_their_names_and_words_are_counted(stage: Stage) -> None:
+    drawn = await stage.client.post("/v1/images/generations", json={"prompt": "a 🐱 with 🕶️"})
+    assert submitted(stage).condition[0].text == "a cat face with dark sunglasses"
+    assert drawn.json()["usage"]["input_tokens_details"]["text_tokens"] == 6
+    await stage.client.post("/generate", json={"condition": {"text": "🐱" * 1000}, "negative_prompt": "❤️"})
+    job = submitted(stage)
+    assert (len(job.condition[0].text), job.negative_prompt) == (2000, "heart")
+
+
 async def test_a_prompt_names_classes_where_there_is_no_text(open_stage: OpenStage, tmp_path: Path) -> None:
     labels = await open_stage(bundle=write(tmp_path / "labels"))
     assert (await labels.generate(condition={}, prompt="two lemons")).status_code == 200
