@@ -1,7 +1,8 @@
 """Offer more than the machine can do, with deadlines, and count the promises that the service breaks.
 
     python -m bench.promises [--workers 1 2 4] [--neighbours 0 8] [--loads 1.5 3] [--seconds 20]
-        [--seeds 1 2 3] [--bundle model/zoo/tiny] [--steps 50] [--deadline-s 4] [--report bench/results/promises-real.md]
+        [--seeds 1 2 3] [--bundle model/zoo/tiny] [--steps 50] [--deadline-s 4]
+        [--report bench/results/promises-real.md]
 
 For each number of workers and of neighbours, which burn processor time in bursts, the real service is
 started. Closed-loop clients with a deadline that is no matter to them measure what it can do. Then requests
