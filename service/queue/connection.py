@@ -153,9 +153,9 @@ class _Pool(BlockingConnectionPool):
     _serializer = HiredisRespSerializer()
 
     def make_connection(self) -> AbstractConnection:
-        connection = super().make_connection()
+        connection: AbstractConnection = super().make_connection()  # type: ignore[no-untyped-call]
         # Asyncio connections pack in Python otherwise, one after the other the forty arguments of a script.
-        connection.pack_command = self._serializer.pack  # type: ignore[method-assign]
+        connection.pack_command = self._serializer.pack
         return connection
 
     async def release(self, connection: AbstractConnection) -> None:
