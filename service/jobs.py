@@ -85,7 +85,7 @@ class Job(Message):
     reason: str | None
     cost_rows: int
     trace: dict[str, str] = field(default_factory=dict)
-    size: tuple[int, int] | None = None  # height and width in latent pixels; None: the model's own
+    size: tuple[int, ...] | None = None  # in latent pixels, height and width last; None: the model's own
     vocabulary: str = ""  # digest of the class names that `condition` numbers; "": not known
     windows: int = 0  # of the model's own size, in which each image is denoised; 0: as a whole
     floor_rows: int = 0  # 0: not known

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.model.spec.windows import Size
+from ditserve.model.spec.sizes import Size
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import Backbone, ForwardPass, Stepped

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ditserve.model.spec.windows import Size, Windows, windows_over
+from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.windows import Windows, windows_over
 from ditserve.service.errors import InvalidRequest
 
 

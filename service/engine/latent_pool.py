@@ -38,7 +38,7 @@ class LatentPool:
     With `clip` the estimates are clipped to -1..1.
     """
 
-    def __init__(self, slots: int, shape: tuple[int, int, int], *, rows: int, clip: bool) -> None:
+    def __init__(self, slots: int, shape: tuple[int, ...], *, rows: int, clip: bool) -> None:
         self.shape = shape
         self._clip = clip
         self._latents: Floats = np.zeros((slots, *shape), np.float32)  # x of every slot
@@ -50,7 +50,7 @@ class LatentPool:
         self._estimate: Floats = np.empty((rows, *shape), np.float32)
         self._scratch: Floats = np.empty((rows, *shape), np.float32)
 
-    def single(self, size: tuple[int, int]) -> LatentPool:
+    def single(self, size: tuple[int, ...]) -> LatentPool:
         """Return a pool like this one for one latent of another size."""
         return LatentPool(1, (self.shape[0], *size), rows=1, clip=self._clip)
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.mixing import Combine
+from ditserve.model.spec.sizes import Size
 from ditserve.model.spec.source import NoisySource, SourceLatent
-from ditserve.model.spec.windows import Size
 from ditserve.service.engine.conditions import Conditioning
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry

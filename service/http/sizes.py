@@ -8,7 +8,8 @@ from math import lcm, prod
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import PipelineConfig
-from ditserve.model.spec.windows import Size, window_count
+from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.windows import window_count
 from ditserve.service.fleet import WorkerState
 
 
