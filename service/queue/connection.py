@@ -155,7 +155,7 @@ class _Pool(BlockingConnectionPool):
     def make_connection(self) -> AbstractConnection:
         connection: AbstractConnection = super().make_connection()  # type: ignore[no-untyped-call]
         # Asyncio connections pack in Python otherwise, one after the other the forty arguments of a script.
-        connection.pack_command = self._serializer.pack
+        connection.pack_command = self._serializer.pack  # type: ignore[assignment,method-assign]
         return connection
 
     async def release(self, connection: AbstractConnection) -> None:
