@@ -60,8 +60,9 @@ from ditserve.model.evaluation.picture_sets import (
     choose_rows,
     collect_sets,
     open_data,
+    picture_size,
 )
-from ditserve.model.nets.autoencoder import open_decoder
+from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
 from ditserve.model.sampling.sheet import SLICES, Sheet, picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
@@ -109,8 +110,8 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
     Raises:
         EvaluationError: more pictures than the memory holds, or than `--limit` for one combination.
     """
-    defaults, config = loaded.manifest.defaults, loaded.network.config
-    needed = options.limit * 4 * math.prod((config.in_channels, *config.image_size))
+    defaults = loaded.manifest.defaults
+    needed = options.limit * 4 * 3 * math.prod(picture_size(loaded))
     if needed > memory_bytes():
         raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
     if options.per_pair is not None and options.per_pair > options.limit:
@@ -172,8 +173,8 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         return _write_record(model, folder, loaded, record, write=options.write)
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
-    decoder = open_decoder(manifest, options.vae)
-    dataset = open_data(loaded, options.data)
+    decoder = open_decoder(manifest, autoencoder_folder(model, options.vae))
+    dataset = open_data(loaded, options.data, pictures=True)
     check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
     # What cannot be told is said before hours of sampling.
@@ -303,7 +304,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a bundle, or a training run; several: to compare",
     )
-    parser.add_argument("--data", type=named_path, required=True, help="the data it was trained on")
+    parser.add_argument(
+        "--data",
+        type=named_path,
+        required=True,
+        help="the data it was trained on; of a bundle on latents also their pictures",
+    )
     parser.add_argument(
         "--out", type=named_path, help="folder for the report and pictures (default: the model's)"
     )
@@ -344,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1"
     )
-    parser.add_argument("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    parser.add_argument("--vae", type=named_path, help="its autoencoder's folder, if the bundle has none")
     return parser
 
 

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ditserve.commands import command_line
-from ditserve.model.nets.autoencoder import PictureAutoencoder, open_decoder
+from ditserve.model.nets.autoencoder import PictureAutoencoder, autoencoder_folder, open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     PromptTerm,
@@ -59,7 +59,6 @@ from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.spec.source import walked_steps
 from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.imported_pipeline import (
-    autoencoder_folder,
     encode_texts,
     imported_pipeline,
     open_pipeline,
@@ -331,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling_flags(parser)
     add("--columns", type=positive, help="pictures side by side")
     add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
-    add("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    add("--vae", type=named_path, help="its autoencoder's folder, if the bundle has none")
     add("--data", type=named_path, help="the training pictures of a run, if they moved")
     add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
     add("--progress", action="store_true", help="show progress also where there is no terminal")

@@ -23,8 +23,14 @@ from ditserve.export.half import half_network
 from ditserve.export.parity import expected_outputs, verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
+from ditserve.model.nets.autoencoder import autoencoder_folder, fingerprint, open_decoder
 from ditserve.model.nets.factory import NetworkConfig
-from ditserve.model.spec.bundle import DECODER, ENCODER
+from ditserve.model.nets.small_autoencoder import (
+    SmallAutoencoder,
+    SmallAutoencoderConfig,
+    save_small_autoencoder,
+)
+from ditserve.model.spec.bundle import DECODER, ENCODER, MANIFEST, parse_manifest, write_manifest
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
 from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.spec.network_config import size_multiples
@@ -210,3 +216,29 @@ def test_a_model_of_one_channel_cannot_go_without_a_decoder() -> None:
     source = tiny_source(replace(PLAIN, in_channels=1))
     with pytest.raises(ExportError, match=r"makes 1 channels, not red, green and blue: .* --vae"):
         check_decoder(source.manifest)
+
+
+def test_a_small_autoencoder_comes_along_for_what_draws_with_torch(tmp_path: Path) -> None:
+    sizes = SmallAutoencoderConfig(latent_channels=4, widths=(16,), blocks=(1,))
+    folder, bundle = tmp_path / "small", tmp_path / "bundle"
+    for made in (folder, bundle):
+        made.mkdir()
+    save_small_autoencoder(folder, SmallAutoencoder(sizes), {})
+    spec = LatentSpec(shift=(0.0,) * 4, scale=(1.0,) * 4, factor=2)
+    update = {"decoder": "small", "latents": spec, "config": replace(PLAIN, in_channels=4)}
+    latent = tiny_source(PLAIN).manifest.model_copy(update=update)
+    write_decoder(latent, bundle, vae=folder)
+    own = autoencoder_folder(bundle, None)
+    assert own is not None
+    assert fingerprint(own) == fingerprint(folder)
+    write_manifest(bundle, latent)
+    listed = parse_manifest((bundle / MANIFEST).read_bytes(), bundle).files
+    assert {f"autoencoder/{file.name}" for file in folder.iterdir()} == {
+        name for name in listed if "/" in name
+    }
+    assert open_decoder(latent, own).factor == 2
+    # The graphs hold no second copy of its weights.
+    for name in (DECODER, ENCODER):
+        tensors = onnx.load(bundle / name, load_external_data=False).graph.initializer
+        assert any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors)
+        assert all(len(tensor.raw_data) < 1024 for tensor in tensors)
