@@ -136,7 +136,7 @@ def check_target(target: Path, size: int, card: DataCard) -> None:
         )
 
 
-def write_set(target: Path, card: DataCard, text: str, **arrays: npt.NDArray[Any]) -> None:
+def write_set(target: Path, card: DataCard, text: str, **arrays: Any) -> None:
     """Write a set's arrays (.npz), and beside them its card for programs (.json) and for people (.md)."""
     target.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()

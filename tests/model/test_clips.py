@@ -24,7 +24,7 @@ def ball(radius: float, centre: tuple[float, float, float]) -> npt.NDArray[np.ui
     """Return a ball in a volume (FRAMES, SIDE, SIDE, 3): seen as frames, a disc that grows and shrinks."""
     places = np.stack(np.meshgrid(np.arange(FRAMES), np.arange(SIDE), np.arange(SIDE), indexing="ij"), -1)
     inside = (((places - centre) ** 2).sum(-1) <= radius**2)[..., None]
-    return np.where(inside, np.uint8([200, 40, 40]), np.uint8([255, 255, 255]))
+    return np.where(inside, np.array([200, 40, 40], np.uint8), np.array([255, 255, 255], np.uint8))
 
 
 def write_shapes(folder: Path, card: dict[str, object]) -> Path:
