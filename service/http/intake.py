@@ -4,20 +4,22 @@ A route translates its body into a `GenerateRequest` and gives it to its `Intake
 were checked before (`access`); the caller, its unfinished jobs and its Idempotency-Key are looked after here.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
 
-from fastapi import Depends, Header, Request
+from fastapi import Request
 from pydantic import BaseModel
 from starlette.types import Receive
 
 from ditserve.service.errors import DeadlineExceeded, IdempotencyConflict
 from ditserve.service.formats import MediaFormat
-from ditserve.service.http.context import Api, Context, Unshared, caller, note
+from ditserve.service.http.context import Context, Unshared, caller, context_of, note
 from ditserve.service.http.models import Model
+from ditserve.service.http.request_headers import IDEMPOTENCY_KEY
 from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Idempotency, Submission
@@ -32,6 +34,11 @@ class Intake:
     request: Request
     api: Context
     key: str | None
+
+    @classmethod
+    def of(cls, request: Request) -> Intake:
+        """Return the intake of a request. Raises `InvalidRequest` for a malformed key."""
+        return cls(request, context_of(request), IDEMPOTENCY_KEY.of(request))
 
     async def submit(
         self,
@@ -113,14 +120,3 @@ def replay_headers(submission: Submission) -> dict[str, str]:
     if submission.cache is not None:
         return {"x-cache": submission.cache}
     return {} if submission.new else {"idempotency-replayed": "true"}
-
-
-async def _intake(
-    request: Request,
-    api: Api,
-    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
-) -> Intake:
-    return Intake(request, api, idempotency_key)
-
-
-RequestIntake = Annotated[Intake, Depends(_intake)]
