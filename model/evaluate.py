@@ -10,6 +10,9 @@ from training. It writes to the folder of the model, or to `--out`:
     closest.png                       pictures above the training picture nearest to each
     held-out.png                      pictures of unseen combinations above the real ones
 
+Of a model of clips or volumes it measures the motion (`model.evaluation.motion`), and writes clips.webp:
+drawn clips above the real ones of their labels.
+
 Several models are each evaluated into a folder of `--out`, and comparison.md there sets them and their cost
 side by side:
 
@@ -44,6 +47,7 @@ from ditserve.model.evaluation.measures import (
     notes,
     shortfalls,
 )
+from ditserve.model.evaluation.motion import measure_motion
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
     REAL_UNSEEN,
@@ -59,7 +63,7 @@ from ditserve.model.evaluation.picture_sets import (
     picture_size,
 )
 from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
-from ditserve.model.sampling.sheet import picture_grid, to_pixels
+from ditserve.model.sampling.sheet import SLICES, Sheet, picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.grids import choose_grid
@@ -163,6 +167,10 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     manifest = loaded.manifest
     if options.write and not (model / MANIFEST).is_file():
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
+    if manifest.first_axis is not None:
+        record = _evaluate_motion(loaded, folder, options)
+        record["seconds"] = round(time.monotonic() - began)
+        return _write_record(model, folder, loaded, record, write=options.write)
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
     decoder = open_decoder(manifest, autoencoder_folder(model, options.vae))
@@ -192,12 +200,41 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         "classifier_accuracy": classifier.card.accuracy if classifier else {},
         "seconds": round(time.monotonic() - began),
     }
+    return _write_record(model, folder, loaded, record, write=options.write)
+
+
+def _evaluate_motion(loaded: LoadedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the motion of clips, write clips.webp, and return the record without its seconds."""
+    plan, dataset = make_plan(loaded, options), open_data(loaded, options.data)
+    check_conditions_told(dataset, plan)
+    rows = choose_rows(dataset, plan)
+    measured = measure_motion(loaded, dataset, plan, rows)
+    above, below = measured.generated[: 4 * COLUMNS], measured.real[: 4 * COLUMNS]
+    frames = (paired(above[:, :, f], below[:, :, f]) for f in range(above.shape[2]))
+    Sheet(tuple(frames), loaded.manifest.fps or SLICES).save(folder / "clips.webp")
+    return {
+        "model": f"{loaded.manifest.name} {loaded.manifest.version}",
+        "data": options.data.name,
+        "features": "pixels",
+        "sampling": asdict(plan),
+        "pictures": {name: len(rows[name]) for name in (GENERATED, UNSEEN) if name in rows},
+        "figures": measured.figures,
+        "deviations": {},
+        "notes": ["Figures are of pixels, in steps of 255; see model.evaluation.motion."],
+        "classifier_accuracy": {},
+    }
+
+
+def _write_record(
+    model: Path, folder: Path, loaded: LoadedModel, record: dict[str, Any], *, write: bool
+) -> EvaluatedModel:
+    """Write the report into `folder`, and the figures into the manifest of the bundle `model` if asked to."""
     encoded = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
     write_atomic(folder / "evaluation.json", encoded)
     write_atomic(folder / "evaluation.md", report(record).encode())
-    if options.write:
-        merged = {**manifest.metrics, **metrics(record)}
-        write_manifest(model, manifest.model_copy(update={"metrics": merged}))
+    if write:
+        merged = {**loaded.manifest.metrics, **metrics(record)}
+        write_manifest(model, loaded.manifest.model_copy(update={"metrics": merged}))
     return EvaluatedModel(folder.name, loaded, record)
 
 

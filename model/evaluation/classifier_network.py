@@ -23,6 +23,7 @@ from ditserve.commands import command_line
 from ditserve.model.spec.bundle import WEIGHTS, digest, write_atomic
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.sizes import Size
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo" / "emoji-classifier"  # the one that ships
 CARD = "classifier.json"
@@ -161,7 +162,7 @@ def classify(network: Classifier, images: Tensor) -> ClassifierOutput:
     )
 
 
-def reading_factor(card: ClassifierCard, size: tuple[int, int]) -> int:
+def reading_factor(card: ClassifierCard, size: Size) -> int:
     """Return the times that pictures are as large as a classifier's: 2 for 128×128 and 64×64.
 
     Raises:
@@ -170,7 +171,8 @@ def reading_factor(card: ClassifierCard, size: tuple[int, int]) -> int:
     (height, width), factor = card.image_size, size[0] // card.image_size[0]
     if factor < 1 or size != (height * factor, width * factor):
         raise ClassifierError(
-            f"the classifier reads pictures of {height}×{width}, not {size[0]}×{size[1]}: train one for them"
+            f"the classifier reads pictures of {height}×{width}, not {'×'.join(map(str, size))}: train one "
+            "for them"
         )
     return factor
 

@@ -25,6 +25,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.sizes import Size, scaled
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -90,10 +91,9 @@ class EvaluationPlan:
         return self.wordings == "unseen"
 
 
-def picture_size(model: LoadedModel) -> tuple[int, int]:
-    """Return the height and width of a model's pictures, of latents when they are decoded."""
-    height, width = model.network.config.image_size
-    return height * model.manifest.upscale, width * model.manifest.upscale
+def picture_size(model: LoadedModel) -> Size:
+    """Return the size of a model's pictures, of latents when they are decoded."""
+    return scaled(model.network.config.image_size, model.manifest.upscale)
 
 
 def open_data(model: LoadedModel, path: Path, *, pictures: bool = False) -> Dataset:
