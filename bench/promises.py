@@ -1,12 +1,14 @@
 """Offer more than the machine can do, with deadlines, and count the promises that the service breaks.
 
     python -m bench.promises [--workers 1 2 4] [--neighbours 0 8] [--loads 1.5 3] [--seconds 20]
-        [--bundle model/zoo/tiny] [--steps 50] [--deadline-s 4] [--report bench/results/promises-real.md]
+        [--seeds 1 2 3] [--bundle model/zoo/tiny] [--steps 50] [--deadline-s 4]
+        [--report bench/results/promises-real.md]
 
 For each number of workers and of neighbours, which burn processor time in bursts, the real service is
 started. Closed-loop clients with a deadline that is no matter to them measure what it can do. Then requests
 for guided images come at each multiple of that, whatever became of the others; half of them forbid fewer
 steps. At the largest load they come a second time, by clients that return when `Retry-After` tells them.
+A row counts the requests of all seeds together, because a stall of the machine comes in one run or in none.
 An answer counts from when its request was sent to when it came, however late the client reads it.
 Prints a table, and writes it to the report with the load average of the machine before.
 """
@@ -70,9 +72,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One row of the table. `closed_per_s` is what the closed loop did, in images a second.
+    """One row of the table, of several runs. `closed_per_s` is what the closed loop did, in images a second.
 
-    Rates are of the time from `since_s`, when answers are as many as requests, to the last arrival.
+    Rates are of the time of each run from `since_s`, when answers are as many as requests, to the last
+    arrival.
     """
 
     workers: int
@@ -83,6 +86,7 @@ class Cell:
     closed_per_s: float
     steps: int
     outcomes: tuple[Outcome, ...]
+    runs: int = 1
 
     @property
     def refused(self) -> int:
@@ -103,13 +107,16 @@ class Cell:
 
     @property
     def in_time_per_s(self) -> float:
-        return len(self._answered_steps) / (self.until_s - self.since_s)
+        return len(self._answered_steps) / self._seconds
 
     @property
     def used(self) -> float:
         """The steps of the images in time, as a share of those that the closed loop would have made."""
-        seconds = self.until_s - self.since_s
-        return sum(self._answered_steps) / (self.steps * self.closed_per_s * seconds)
+        return sum(self._answered_steps) / (self.steps * self.closed_per_s * self._seconds)
+
+    @property
+    def _seconds(self) -> float:
+        return self.runs * (self.until_s - self.since_s)
 
     @property
     def _answered_steps(self) -> list[int]:
@@ -195,10 +202,10 @@ class HastyClient:
         return made / (clock() - began)
 
     async def open_loop(
-        self, rate: float, seconds: float, within_s: float, *, returning: bool
+        self, rate: float, seconds: float, within_s: float, *, returning: bool, seed: int = 1
     ) -> tuple[Outcome, ...]:
         """Send Poisson arrivals at `rate` a second, half of which forbid fewer steps; return their ends."""
-        gaps = np.random.default_rng(1).exponential(1.0 / rate, max(1, round(rate * seconds)))
+        gaps = np.random.default_rng(seed).exponential(1.0 / rate, max(1, round(rate * seconds)))
         clock = asyncio.get_running_loop().time
         zero, running = clock(), []
 
@@ -244,9 +251,12 @@ async def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
                 if not closed_per_s:
                     raise ModelError("the closed loop was given no image: raise --seconds")
                 for load, returning in loads:
-                    outcomes = await client.open_loop(
-                        load * closed_per_s, options.seconds, options.deadline_s, returning=returning
-                    )
+                    rate, runs = load * closed_per_s, []
+                    for seed in options.seeds:
+                        run = await client.open_loop(
+                            rate, options.seconds, options.deadline_s, returning=returning, seed=seed
+                        )
+                        runs.append(run)
                     cell = Cell(
                         workers,
                         burning,
@@ -255,7 +265,8 @@ async def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
                         until_s=options.seconds,
                         closed_per_s=closed_per_s,
                         steps=options.steps,
-                        outcomes=outcomes,
+                        outcomes=tuple(itertools.chain(*runs)),
+                        runs=len(runs),
                     )
                     console.print(" | ".join(cell.row()))
                     cells.append(cell)
@@ -269,8 +280,8 @@ def markdown(cells: Sequence[Cell], options: argparse.Namespace, load_average: f
         "",
         f"Made by `python -m bench.promises` with `{options.bundle}`: {options.steps} guided steps within "
         f"{options.deadline_s:g} s,",
-        f"half of the requests forbid fewer; {options.seconds:g} s of arrivals a row; {os.cpu_count()} "
-        f"cores, load average before {load_average:.1f}.",
+        f"half of the requests forbid fewer; {len(options.seeds)} run(s) of {options.seconds:g} s a row; "
+        f"{os.cpu_count()} cores, load average before {load_average:.1f}.",
         "Load is in multiples of what closed-loop clients are given beside the same neighbours, which burn",
         "in bursts. In rows with a share of first returns the refused come back when they are told.",
         "",
@@ -285,7 +296,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--loads", type=float, nargs="+", default=[1.5, 3.0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each row")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of a row each")
     parser.add_argument("--bundle", type=Path, default=report.SMALL_BUNDLE)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--deadline-s", type=float, default=4.0)

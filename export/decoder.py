@@ -8,10 +8,11 @@ from pathlib import Path
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import decoder_graph, encoder_graph
 from ditserve.export.parity import verify_decoder, verify_encoder
-from ditserve.export.storage import data_file, save_whole
+from ditserve.export.storage import data_file, save_graph, save_whole
 from ditserve.export.verify import Band
-from ditserve.model.nets.autoencoder import PictureAutoencoder, SdVae, open_decoder
-from ditserve.model.spec.bundle import DECODER, ENCODER, GOLDEN
+from ditserve.model.nets.autoencoder import PictureAutoencoder, SdVae, SmallVae, open_decoder
+from ditserve.model.nets.small_autoencoder import DESCRIPTION
+from ditserve.model.spec.bundle import DECODER, ENCODER, GOLDEN, SMALL_AUTOENCODER, WEIGHTS
 from ditserve.model.spec.manifest import Golden, Manifest
 
 
@@ -21,8 +22,8 @@ def write_decoder(
     """Write the decoder and the encoder of a model on latents; return their errors.
 
     They are those of the autoencoder in `vae`, or a copy of another bundle's `graph` of the decoder and of
-    the encoder beside it, if there is one. Nothing is written for a model on pixels. Graphs that are copied
-    from another export are not verified again.
+    the encoder beside it, if there is one. A small autoencoder comes along whole. Nothing is written for a
+    model on pixels. Graphs that are copied from another export are not verified again.
 
     Raises:
         ExportError: a graph differs from torch.
@@ -36,6 +37,8 @@ def write_decoder(
         if isinstance(autoencoder, SdVae):
             # Tiling is chosen by the size, and a graph of any size cannot branch on it.
             autoencoder.vae.disable_tiling()
+        if isinstance(autoencoder, SmallVae):
+            copy_small_autoencoder(vae, folder / SMALL_AUTOENCODER)
         return save_autoencoder(autoencoder, folder, channels)
     assert graph is not None
     for file in (graph, graph.with_name(ENCODER)):
@@ -45,12 +48,21 @@ def write_decoder(
     return {}
 
 
+def copy_small_autoencoder(source: Path, target: Path) -> None:
+    """Copy the two files of a small autoencoder, by which torch draws what the graphs draw."""
+    target.mkdir()
+    for name in (DESCRIPTION, WEIGHTS):
+        shutil.copy(source / name, target)
+
+
 def save_autoencoder(
     autoencoder: PictureAutoencoder, folder: Path, channels: int
 ) -> dict[str, tuple[Band, ...]]:
     """Write the graphs of an autoencoder; return their errors. Raises `ExportError` as `write_decoder`."""
-    save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
-    save_whole(encoder_graph(autoencoder), folder / ENCODER)
+    # The weights of a small autoencoder lie beside its graphs.
+    save = save_graph if isinstance(autoencoder, SmallVae) else save_whole
+    save(decoder_graph(autoencoder, channels), folder / DECODER)
+    save(encoder_graph(autoencoder), folder / ENCODER)
     return {
         DECODER: verify_decoder(autoencoder, folder / DECODER, channels),
         ENCODER: verify_encoder(autoencoder, folder / ENCODER),

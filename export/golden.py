@@ -28,13 +28,14 @@ FLOPS = 2e12
 def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> Golden | None:
     """Draw a sample of the first class of every factor into `folder`, in fewer steps if they are costly.
 
-    Return None for a model on latents if `vae`, the folder of its autoencoder, is not given.
+    Return None for clips and volumes, which are no picture to compare, and for a model on latents if `vae`,
+    the folder of its autoencoder, is not given.
 
     Raises:
         AutoencoderError: the autoencoder cannot be opened.
     """
     manifest, network = model.manifest, model.network
-    if manifest.decoder != "identity" and vae is None:
+    if manifest.first_axis is not None or (manifest.decoder != "identity" and vae is None):
         return None
     defaults = manifest.defaults
     labels = torch.zeros((1, len(manifest.factors)), dtype=torch.int64)

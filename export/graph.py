@@ -34,7 +34,8 @@ from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.heap import compact_heap
-from ditserve.model.spec.network_config import graph_multiple
+from ditserve.model.spec.network_config import graph_multiples
+from ditserve.model.spec.sizes import Size
 
 OPSET = 20
 # The embedder's input for sentence embeddings.
@@ -42,6 +43,8 @@ TEXT = "text"
 # A convolution with at most this many output channels is narrow.
 NARROW_CHANNELS = 4
 SCOPES = "pkg.torch.onnx.name_scopes"
+# The names of the free sides, of which pictures have the last two; frames may be those of depth.
+SIDES = ("frames", "rows", "columns")
 # Prefixes that the exporter's names of weights, inputs and outputs get here.
 NETWORK, INPUT, OUTPUT = "network.", "in.", "out."
 
@@ -115,7 +118,7 @@ class _GraphSpec:
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
     variadic: int = 0  # trailing inputs that the module takes as *args
-    sides: int = 0  # height and width of the first input are multiples of this; 0: fixed
+    sides: Size = ()  # the sides of the first input are multiples of these; none: fixed
     batch: int = 65536  # largest batch for which the module has no branch of its own
     strict: bool = True
 
@@ -148,12 +151,13 @@ def backbone_graph(network: Network, bundle: Path | None = None) -> onnx.ModelPr
     """Export the backbone: `x` (B, C, H, W) and each state tensor (B, *shape) → `output` (B, C_out, H, W).
 
     Inputs and output are float32. The graph computes in the dtype of the weights; a graph in fp32 is arranged
-    for the kernels of CPUs. H and W are free in multiples of `graph_multiple`, if there is one.
+    for the kernels of CPUs. Sides are free in multiples of `graph_multiples`, if there are any. With three
+    axes `x` is (B, C, F, H, W).
     """
     config = network.config
     inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
     inputs |= {name: torch.randn(2, *shape) for name, shape in config.state()}
-    sides = graph_multiple(config) or 0
+    sides = graph_multiples(config) or ()
     module = _Backbone(network.with_symbolic_positions() if isinstance(network, DiT) and sides else network)
     spec = _GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=isinstance(network, UNet))
     proto = _export(spec, bundle)
@@ -167,7 +171,9 @@ def decoder_graph(autoencoder: PictureDecoder, channels: int) -> onnx.ModelProto
     inputs = {"latent": torch.randn(2, channels, 8, 8)}
     # From batch 64 on diffusers changes the memory layout: the numbers are the same, but it would be a branch
     # in the graph.
-    return _export(_GraphSpec(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
+    return _export(
+        _GraphSpec(_Decoder(autoencoder), inputs, ("image",), sides=(1, 1), batch=63, strict=False)
+    )
 
 
 def encoder_graph(autoencoder: PictureAutoencoder) -> onnx.ModelProto:
@@ -175,7 +181,7 @@ def encoder_graph(autoencoder: PictureAutoencoder) -> onnx.ModelProto:
     factor = autoencoder.factor
     inputs = {"image": torch.randn(2, 3, 8 * factor, 8 * factor)}
     return _export(
-        _GraphSpec(_Encoder(autoencoder), inputs, ("latent",), sides=factor, batch=63, strict=False)
+        _GraphSpec(_Encoder(autoencoder), inputs, ("latent",), sides=(factor,) * 2, batch=63, strict=False)
     )
 
 
@@ -217,8 +223,9 @@ def _shapes(spec: _GraphSpec) -> tuple[Any, ...]:
     batch = dim("batch", min=1, max=spec.batch)
     axes: list[dict[int, Any]] = [{0: batch} for _ in spec.inputs]
     if spec.sides:
-        rows, columns = dim("rows", min=1, max=4096), dim("columns", min=1, max=4096)
-        axes[0] |= {2: spec.sides * rows, 3: spec.sides * columns}
+        names = SIDES[-len(spec.sides) :]
+        sides = [k * dim(name, min=1, max=4096) for k, name in zip(spec.sides, names, strict=True)]
+        axes[0] |= dict(enumerate(sides, 2))
     plain = len(axes) - spec.variadic
     return (*axes[:plain], *([tuple(axes[plain:])] if spec.variadic else []))
 
@@ -285,7 +292,8 @@ def _transpose_narrow_convolutions(graph: onnx.GraphProto) -> None:
         weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
         if weight is None or weight.dims[0] > NARROW_CHANNELS or not _keeps_size(node, weight.dims[2:]):
             continue
-        flipped = numpy_helper.to_array(weight)[:, :, ::-1, ::-1].swapaxes(0, 1)
+        values = numpy_helper.to_array(weight)
+        flipped = np.flip(values, tuple(range(2, values.ndim))).swapaxes(0, 1)
         weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(flipped), weight.name))
         node.op_type = "ConvTranspose"
 
@@ -293,7 +301,7 @@ def _transpose_narrow_convolutions(graph: onnx.GraphProto) -> None:
 def _keeps_size(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
     """Return True for an odd kernel with half of it as padding, and no stride, dilation or groups."""
     attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
-    plain = {"group": 1, "strides": [1, 1], "dilations": [1, 1]}
+    plain = {"group": 1, "strides": [1] * len(kernel), "dilations": [1] * len(kernel)}
     return (
         all(side % 2 for side in kernel)
         and attributes.get("pads") == [side // 2 for side in kernel] * 2

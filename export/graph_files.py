@@ -13,7 +13,7 @@ from ditserve.export.storage import save_graph
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER
 from ditserve.model.spec.manifest import Manifest
-from ditserve.model.spec.network_config import BundleConfig, graph_multiple
+from ditserve.model.spec.network_config import BundleConfig, graph_multiples
 
 
 def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
@@ -30,6 +30,6 @@ def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
 
 def export_record(config: BundleConfig) -> dict[str, Any]:
     """Return what made the graphs of a network, and the sizes that they take: for a manifest's provenance."""
-    sizes = "any" if graph_multiple(config) else "trained"
+    sizes = "any" if graph_multiples(config) else "trained"
     version = str(torch.__version__).partition("+")[0]
     return {"torch": version, "onnx": onnx.__version__, "opset": OPSET, "sizes": sizes}

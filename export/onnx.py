@@ -45,14 +45,13 @@ from ditserve.export.source import (
 from ditserve.export.storage import save_weights
 from ditserve.export.verify import PARITY, Band, ParityLimits, check, report, worst
 from ditserve.model.evaluation.ladder import seconds_per_row
-from ditserve.model.nets.autoencoder import autoencoder_kind
-from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, MANIFEST, PIPELINE, WEIGHTS, write_manifest
+from ditserve.model.nets.autoencoder import autoencoder_folder, autoencoder_kind
+from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, MANIFEST, WEIGHTS, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.output_folder import BUNDLE, replacement
-from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.imported_pipeline import imported_pipeline
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -233,7 +232,7 @@ def _export_options(
         weights=options.weights,
         half=options.half,
         trajectories=_trajectories(options, DEFAULT_TRAJECTORIES),
-        vae=options.vae or imported_vae(options.source),
+        vae=autoencoder_folder(options.source, options.vae),
         decoder=decoder_of(options.source),
         golden=options.golden == "auto",
         # Defaults that a card or a bundle states stay.
@@ -245,12 +244,6 @@ def _export_options(
 
 def _trajectories(options: argparse.Namespace, default: TrajectorySettings) -> TrajectorySettings:
     return TrajectorySettings(options.samples or default.samples, options.steps or default.steps)
-
-
-def imported_vae(bundle: Path) -> Path | None:
-    """Return the folder of the autoencoder that a pipeline brought; None: there is none."""
-    folder = bundle / PIPELINE / VAE
-    return folder if folder.is_dir() else None
 
 
 def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:

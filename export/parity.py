@@ -20,8 +20,9 @@ from ditserve.model.nets.autoencoder import PictureAutoencoder, PictureDecoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER
 from ditserve.model.spec.manifest import Manifest
-from ditserve.model.spec.network_config import BundleConfig, graph_multiple
+from ditserve.model.spec.network_config import BundleConfig, graph_multiples
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 32  # rows of one forward pass
@@ -86,9 +87,9 @@ class ExpectedOutputs:
 @torch.no_grad()
 def expected_outputs(network: Network, rows: CalibrationRows) -> ExpectedOutputs:
     """Compute the outputs that graphs are compared with."""
-    multiple, other = graph_multiple(network.config), None
-    if multiple is not None:
-        others = _rows_of_another_size(rows, network.config.image_size, multiple)
+    multiples, other = graph_multiples(network.config), None
+    if multiples is not None:
+        others = _rows_of_another_size(rows, network.config.image_size, multiples)
         other = others, _state(network, others), forward(network, others).numpy()
     return ExpectedOutputs(
         network.embed(rows.labels, rows.text).numpy(),
@@ -121,10 +122,9 @@ def verify_graphs(
     bands[BACKBONE] = compare_backbone(backbone, manifest, rows, expected)
     if expected.other is not None:
         others, state, output = expected.other
-        height, width = others.x.shape[2:]
         inputs = {"x": others.x.numpy(), **state}
         actual = run(backbone, inputs, batch=rows_at_once(manifest.config))["output"]
-        bands[f"{BACKBONE} at {height}x{width}"] = _bands(manifest, others, output, actual)
+        bands[f"{BACKBONE} at {size_name(others.x.shape[2:])}"] = _bands(manifest, others, output, actual)
     for name, graph_bands in bands.items():
         check(name, graph_bands, LIMITS["fp32"])
     return bands
@@ -187,13 +187,12 @@ def _verify_autoencoder(
     return tuple(bands)
 
 
-def _rows_of_another_size(
-    rows: CalibrationRows, image_size: tuple[int, int], multiple: int
-) -> CalibrationRows:
-    """Return four rows with random x that is higher and wider than `image_size`, by different amounts."""
-    height, width = image_size[0] + 2 * multiple, image_size[1] + multiple
+def _rows_of_another_size(rows: CalibrationRows, image_size: Size, multiples: Size) -> CalibrationRows:
+    """Return four rows with random x that is longer than `image_size` on every side, by different amounts."""
+    times = range(len(image_size), 0, -1)
+    size = [side + k * part for side, k, part in zip(image_size, times, multiples, strict=True)]
     four = rows.at(torch.linspace(0, len(rows) - 1, 4).long())
-    x = torch.randn(4, rows.x.shape[1], height, width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, rows.x.shape[1], *size, generator=torch.Generator().manual_seed(0))
     return CalibrationRows(x, four.timestep, four.labels, four.text)
 
 

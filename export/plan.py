@@ -76,8 +76,7 @@ def row_bytes(config: NetworkConfig) -> int:
 
     A DiT-XL/2 of 256 px has a state of 774 kB and latents of 49 kB, of which four copies are 3.3 MB.
     """
-    height, width = config.image_size
-    numbers = (config.in_channels + config.out_channels) * height * width
+    numbers = (config.in_channels + config.out_channels) * math.prod(config.image_size)
     return 4 * COPIES * (numbers + sum(math.prod(shape) for _, shape in config.state()))
 
 

@@ -20,7 +20,12 @@ from ditserve.export.errors import ExportError
 from ditserve.export.verify import open_session, run
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier_network import CLASSIFIER, ClassifierError, open_classifier
+from ditserve.model.evaluation.classifier_network import (
+    CLASSIFIER,
+    ClassifierError,
+    open_classifier,
+    reading_factor,
+)
 from ditserve.model.evaluation.features import FeatureNetwork, classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
 from ditserve.model.evaluation.picture_sets import (
@@ -28,6 +33,7 @@ from ditserve.model.evaluation.picture_sets import (
     choose_examples,
     generate,
     open_data,
+    picture_size,
     real_pictures,
 )
 from ditserve.model.nets.autoencoder import Identity, PictureDecoder
@@ -75,7 +81,10 @@ def open_references(source: LoadedModel, settings: FrechetSettings) -> tuple[Dat
         ExportError: either cannot be opened, or does not fit the model.
     """
     try:
-        return open_data(source, settings.data), classifier_features(open_classifier(settings.classifier))
+        dataset = open_data(source, settings.data, pictures=True)
+        classifier = open_classifier(settings.classifier)
+        reading_factor(classifier.card, picture_size(source))
+        return dataset, classifier_features(classifier)
     except (DataError, ClassifierError) as error:
         raise ExportError(str(error)) from None
 

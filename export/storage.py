@@ -1,10 +1,11 @@
 """Storage of graphs with one copy of the weights: they refer to tensors in safetensors files by offset.
 
-The files are a bundle's weights.safetensors, or those of an imported pipeline's transformer. safetensors lays
-tensors out raw and contiguous, which ONNX calls external data. If the file has another precision, or the
-graph wants the transpose, a Cast or Transpose follows the reference. Every runtime folds both when it loads
-the graph, so the arithmetic stays that of the graph. The other tensors of a graph stay in it, or go into a
-file beside it, `<graph>.data`, where the two together would pass the 2 GiB limit of a protocol buffer.
+The files are a bundle's weights.safetensors and those of its small autoencoder, or those of an imported
+pipeline's transformer. safetensors lays tensors out raw and contiguous, which ONNX calls external data. If
+the file has another precision, or the graph wants the transpose, a Cast or Transpose follows the reference.
+Every runtime folds both when it loads the graph, so the arithmetic stays that of the graph. The other tensors
+of a graph stay in it, or go into a file beside it, `<graph>.data`, where the two together would pass the
+2 GiB limit of a protocol buffer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from ditserve.export.errors import ExportError
-from ditserve.model.spec.bundle import PIPELINE, WEIGHTS
+from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
 # The most bytes of a graph's own tensors that stay in it: 1.5 GiB leaves room for its nodes below 2 GiB.
@@ -107,9 +108,9 @@ def _whole(name: str, taken: ir.TensorProtocol) -> TensorProto:
 
 
 def weight_files(bundle: Path) -> list[Path]:
-    """Return the files of the weights in the folder of a bundle."""
-    own = bundle / WEIGHTS
-    return [own] if own.is_file() else sorted((bundle / PIPELINE / "transformer").glob("*.safetensors"))
+    """Return the files of the weights in the folder of a bundle, its small autoencoder's too."""
+    own = [file for file in (bundle / WEIGHTS, bundle / SMALL_AUTOENCODER / WEIGHTS) if file.is_file()]
+    return own or sorted((bundle / PIPELINE / "transformer").glob("*.safetensors"))
 
 
 def share_weights(

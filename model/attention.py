@@ -115,13 +115,15 @@ def paint(options: argparse.Namespace) -> Image.Image:
     """
     loaded = load_model(options.model, data=options.data)
     model = loaded.network
+    if loaded.manifest.first_axis is not None:
+        raise SampleError("attention is painted over one picture: this model draws clips or volumes")
     height, width = model.config.image_size
     if loaded.manifest.decoder != "identity":
         raise SampleError("attention is painted over pixels: this model works on latents")
     if getattr(model.config, "merge_tokens", 0.0):
         raise SampleError("merged tokens have no place in a picture: paint the model without merge_tokens")
     y, x = options.query or (height // 2, width // 2)
-    check_sheet(1, height * options.zoom, width * options.zoom)
+    check_sheet(1, (height * options.zoom, width * options.zoom))
     if not (0 <= y < height and 0 <= x < width):
         raise SampleError(
             f"--query is a pixel in rows 0..{height - 1} and columns 0..{width - 1}, not {y} {x}"

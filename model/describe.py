@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(fields, indent=1) if options.json else "\n".join(lines))
         return
     configs = {text: read_config(text) for text in options.network} or paper()
-    size = (options.size[0], options.size[1]) if options.size else None
+    size = tuple(options.size) if options.size else None
     if options.parts:
         parts = {name: part_costs(config, size) for name, config in configs.items()}
         listed = {name: [asdict(part) for part in costs] for name, costs in parts.items()}
@@ -174,9 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size",
         type=positive,
-        nargs=2,
-        metavar=("H", "W"),
-        help="in latent pixels (the trained one)",
+        nargs="+",
+        metavar="SIDE",
+        help="height and width in latent pixels, and before them the frames of a clip (the trained size)",
     )
     parser.add_argument("--parts", action="store_true", help="what each block or level costs, in a row")
     parser.add_argument("--json", action="store_true", help="print JSON, in plain numbers")

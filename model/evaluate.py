@@ -10,6 +10,9 @@ from training. It writes to the folder of the model, or to `--out`:
     closest.png                       pictures above the training picture nearest to each
     held-out.png                      pictures of unseen combinations above the real ones
 
+Of a model of clips or volumes it measures the motion (`model.evaluation.motion`), and writes clips.webp:
+drawn clips above the real ones of their labels.
+
 Several models are each evaluated into a folder of `--out`, and comparison.md there sets them and their cost
 side by side:
 
@@ -44,6 +47,7 @@ from ditserve.model.evaluation.measures import (
     notes,
     shortfalls,
 )
+from ditserve.model.evaluation.motion import measure_motion
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
     REAL_UNSEEN,
@@ -56,9 +60,10 @@ from ditserve.model.evaluation.picture_sets import (
     choose_rows,
     collect_sets,
     open_data,
+    picture_size,
 )
-from ditserve.model.nets.autoencoder import open_decoder
-from ditserve.model.sampling.sheet import picture_grid, to_pixels
+from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
+from ditserve.model.sampling.sheet import SLICES, Sheet, picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.grids import choose_grid
@@ -105,8 +110,8 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
     Raises:
         EvaluationError: more pictures than the memory holds, or than `--limit` for one combination.
     """
-    defaults, config = loaded.manifest.defaults, loaded.network.config
-    needed = options.limit * 4 * math.prod((config.in_channels, *config.image_size))
+    defaults = loaded.manifest.defaults
+    needed = options.limit * 4 * 3 * math.prod(picture_size(loaded))
     if needed > memory_bytes():
         raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
     if options.per_pair is not None and options.per_pair > options.limit:
@@ -162,10 +167,14 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     manifest = loaded.manifest
     if options.write and not (model / MANIFEST).is_file():
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
+    if manifest.first_axis is not None:
+        record = _evaluate_motion(loaded, folder, options)
+        record["seconds"] = round(time.monotonic() - began)
+        return _write_record(model, folder, loaded, record, write=options.write)
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
-    decoder = open_decoder(manifest, options.vae)
-    dataset = open_data(loaded, options.data)
+    decoder = open_decoder(manifest, autoencoder_folder(model, options.vae))
+    dataset = open_data(loaded, options.data, pictures=True)
     check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
     # What cannot be told is said before hours of sampling.
@@ -191,12 +200,41 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         "classifier_accuracy": classifier.card.accuracy if classifier else {},
         "seconds": round(time.monotonic() - began),
     }
+    return _write_record(model, folder, loaded, record, write=options.write)
+
+
+def _evaluate_motion(loaded: LoadedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the motion of clips, write clips.webp, and return the record without its seconds."""
+    plan, dataset = make_plan(loaded, options), open_data(loaded, options.data)
+    check_conditions_told(dataset, plan)
+    rows = choose_rows(dataset, plan)
+    measured = measure_motion(loaded, dataset, plan, rows)
+    above, below = measured.generated[: 4 * COLUMNS], measured.real[: 4 * COLUMNS]
+    frames = (paired(above[:, :, f], below[:, :, f]) for f in range(above.shape[2]))
+    Sheet(tuple(frames), loaded.manifest.fps or SLICES).save(folder / "clips.webp")
+    return {
+        "model": f"{loaded.manifest.name} {loaded.manifest.version}",
+        "data": options.data.name,
+        "features": "pixels",
+        "sampling": asdict(plan),
+        "pictures": {name: len(rows[name]) for name in (GENERATED, UNSEEN) if name in rows},
+        "figures": measured.figures,
+        "deviations": {},
+        "notes": ["Figures are of pixels, in steps of 255; see model.evaluation.motion."],
+        "classifier_accuracy": {},
+    }
+
+
+def _write_record(
+    model: Path, folder: Path, loaded: LoadedModel, record: dict[str, Any], *, write: bool
+) -> EvaluatedModel:
+    """Write the report into `folder`, and the figures into the manifest of the bundle `model` if asked to."""
     encoded = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
     write_atomic(folder / "evaluation.json", encoded)
     write_atomic(folder / "evaluation.md", report(record).encode())
-    if options.write:
-        merged = {**manifest.metrics, **metrics(record)}
-        write_manifest(model, manifest.model_copy(update={"metrics": merged}))
+    if write:
+        merged = {**loaded.manifest.metrics, **metrics(record)}
+        write_manifest(model, loaded.manifest.model_copy(update={"metrics": merged}))
     return EvaluatedModel(folder.name, loaded, record)
 
 
@@ -266,7 +304,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a bundle, or a training run; several: to compare",
     )
-    parser.add_argument("--data", type=named_path, required=True, help="the data it was trained on")
+    parser.add_argument(
+        "--data",
+        type=named_path,
+        required=True,
+        help="the data it was trained on; of a bundle on latents also their pictures",
+    )
     parser.add_argument(
         "--out", type=named_path, help="folder for the report and pictures (default: the model's)"
     )
@@ -307,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1"
     )
-    parser.add_argument("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    parser.add_argument("--vae", type=named_path, help="its autoencoder's folder, if the bundle has none")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Sample a bundle or a training run offline, to one picture: `python -m model.sample MODEL`.
+"""Sample a bundle or a training run offline, to a sheet: `python -m model.sample MODEL`.
 
 python -m model.sample model/zoo/emoji -c label=red-apple,style=noto --count 8 -o apples.png
 python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
@@ -14,17 +14,17 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
 from ditserve.commands import command_line
-from ditserve.model.nets.autoencoder import PictureAutoencoder, open_decoder
+from ditserve.model.nets.autoencoder import PictureAutoencoder, autoencoder_folder, open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     PromptTerm,
@@ -38,6 +38,7 @@ from ditserve.model.sampling.prompt import (
 from ditserve.model.sampling.sheet import (
     CHUNK,
     ConditionSheet,
+    Sheet,
     captioned_grid,
     check_sheet,
     class_sheet,
@@ -53,11 +54,11 @@ from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.sizes import AXES, Size
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.spec.source import walked_steps
 from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.imported_pipeline import (
-    autoencoder_folder,
     encode_texts,
     imported_pipeline,
     open_pipeline,
@@ -88,29 +89,30 @@ class _Opened:
         return combine_conditions(self.parts, weights, how, rows, negative=self.negative)
 
 
-def sample(options: argparse.Namespace) -> Image.Image:
-    """Return the picture that the command line asks for: samples of conditions, or a sheet of classes.
+def sample(options: argparse.Namespace) -> Sheet:
+    """Return the sheet that the command line asks for: samples of conditions, or one of each class.
 
     Raises:
         ModelError, ValueError: the model cannot be loaded, or an option is not possible for it.
     """
-    files = SourceFiles(options.image, options.mask, options.strength)
     bundle = imported_pipeline(options.model)
     opened = _open_own(options) if bundle is None else _open_pipeline(bundle, options)
+    moves = opened.loaded.manifest.first_axis is not None
+    files = SourceFiles(options.image, options.mask, options.strength, moves)
     loaded, terms, negative = opened.loaded, opened.terms, opened.negative
     model = loaded.network
     table, guidance = _sampling(loaded, options, files.share)
-    size = tuple(options.size) if options.size else model.config.image_size
+    size = _size(options, model.config.image_size)
     samples, columns, sheet = options.count or COUNT, options.columns or 8, None
     if options.prompts or not terms:
         sheet = _sheet(opened, options)
         samples, columns = len(sheet.captions), sheet.columns
     columns = min(columns, samples)
-    check_sheet(samples, *size)
+    check_sheet(samples, size)
     if options.windows:
         # A size that no window fits is refused here.
-        windows_over((size[0], size[1]), model.config.image_size)
-    source = files.read(opened.decoder, (size[0], size[1]), next(model.parameters()).device)
+        windows_over(size, model.config.image_size)
+    source = files.read(opened.decoder, size, next(model.parameters()).device)
     kind = WindowDenoiser if options.windows else Denoiser
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
@@ -132,9 +134,16 @@ def sample(options: argparse.Namespace) -> Image.Image:
                 progress.advance(task, part)
                 if step == len(table):
                     pixels.append(to_pixels(opened.decoder.decode(x0)))
-    if sheet is not None:
-        return captioned_grid(np.concatenate(pixels), columns, sheet.captions)
-    return picture_grid(np.concatenate(pixels), columns)
+    captioned = sheet and partial(captioned_grid, columns=columns, captions=sheet.captions)
+    draw = captioned or partial(picture_grid, columns=columns)
+    return Sheet.of(np.concatenate(pixels), draw, loaded.manifest.fps)
+
+
+def _size(options: argparse.Namespace, own: Size) -> Size:
+    """Return the size that the command line asks for, or the model's `own`. Raises `SampleError`."""
+    if options.size and len(options.size) != len(own):
+        raise SampleError(f"--size takes {AXES[len(own)]} of this model, which are {len(own)} numbers")
+    return tuple(options.size or own)
 
 
 def _open_own(options: argparse.Namespace) -> _Opened:
@@ -266,10 +275,11 @@ def _sampling(loaded: LoadedModel, options: argparse.Namespace, walked: float) -
 
 def run(options: argparse.Namespace) -> None:
     """Write the picture to `--out` and say so."""
-    picture = sample(options)
+    sheet = sample(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(options.out)
-    print(f"wrote {options.out} ({picture.width}×{picture.height})")
+    sheet.save(options.out)
+    frames = f", {len(sheet.frames)} frames" if len(sheet.frames) > 1 else ""
+    print(f"wrote {options.out} ({sheet.frames[0].width}×{sheet.frames[0].height}{frames})")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -320,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling_flags(parser)
     add("--columns", type=positive, help="pictures side by side")
     add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
-    add("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    add("--vae", type=named_path, help="its autoencoder's folder, if the bundle has none")
     add("--data", type=named_path, help="the training pictures of a run, if they moved")
     add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
     add("--progress", action="store_true", help="show progress also where there is no terminal")
@@ -346,11 +356,15 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--size",
         type=positive,
-        nargs=2,
-        metavar=("H", "W"),
-        help="in pixels or latent pixels",
+        nargs="+",
+        metavar="SIDE",
+        help="height and width in pixels or latent pixels, and before them the frames of a clip",
     )
-    add("--image", type=named_path, help="picture to start from, cut and scaled to the size")
+    add(
+        "--image",
+        type=named_path,
+        help="picture to start from, cut and scaled to the size; of clips, the first frame or a clip",
+    )
     add("--mask", type=named_path, help="what is repainted of it, white in a picture of the same shape")
     add("--strength", type=share, help="share of the steps that are walked from it, the last ones (0.8)")
     add("--windows", action="store_true", help="draw --size in overlapping windows of the model's own size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 Address = IPv4Address | IPv6Address
@@ -57,6 +58,7 @@ def parsed_network(text: str) -> Network:
     return network
 
 
+@lru_cache(1024)
 def parsed_address(text: str) -> Address | None:
     """Return the address in "192.0.2.1", "192.0.2.1:80", "2001:db8::1" or "[2001:db8::1]:80", None in others.
 

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -336,11 +337,7 @@ def test_a_port_in_use_is_one_sentence() -> None:
 
 
 def test_a_corrupt_bundle_is_one_sentence(tmp_path: Path) -> None:
-    source = ROOT / "model/zoo/emoji"
-    bundle = tmp_path / "broken"
-    bundle.mkdir()
-    for file in source.iterdir():
-        (bundle / file.name).write_bytes(file.read_bytes())
+    bundle = shutil.copytree(FLAGSHIP, tmp_path / "broken")
     manifest = json.loads((bundle / "manifest.json").read_text())
     name = next(iter(manifest["files"]))
     (bundle / name).write_bytes(b"x" * manifest["files"][name]["bytes"])

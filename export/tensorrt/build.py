@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.module import Log, TensorRt, listening
+from ditserve.model.spec.sizes import Size
 
 
 class BuildError(ExportError):
@@ -79,7 +80,7 @@ class BuildOptions:
 
     Args:
         profiles: the batch sizes.
-        size: H and W, used where the graph leaves them free.
+        size: the sides of x, used where the graph leaves them free.
         level: optimisation level 0..5, or None for TensorRT's own.
         workspace_mib: limit of the workspace in MiB, or None for TensorRT's own.
         tf32: allow TF32 in fp32 parts.
@@ -87,7 +88,7 @@ class BuildOptions:
     """
 
     profiles: tuple[Profile, ...]
-    size: tuple[int, int] = (0, 0)
+    size: Size = (0, 0)
     level: int | None = None
     workspace_mib: int | None = None
     tf32: bool = False
@@ -192,9 +193,7 @@ def _configure(trt: TensorRt, config: Any, options: BuildOptions, log: Log) -> N
             raise BuildError(f"TensorRT-RTX cannot compile for {target}: choose among {known}", log.errors())
 
 
-def _add_profile(
-    builder: Any, network: Any, config: Any, profile: Profile, size: tuple[int, int], log: Log
-) -> None:
+def _add_profile(builder: Any, network: Any, config: Any, profile: Profile, size: Size, log: Log) -> None:
     optimization = _made(builder.create_optimization_profile(), "an optimisation profile", log)
     for k in range(network.num_inputs):
         tensor = network.get_input(k)

@@ -65,7 +65,7 @@ def trial_reference(bundle: Bundle, threads: int = 0) -> TrialReference:
     if conditions:
         embedding = run(open_session(bundle.file(EMBEDDER), threads=threads), conditions)["embedding"]
     conditioner = open_session(bundle.file(CONDITIONER), threads=threads)
-    x = np.tile(rows["x"][chosen].astype(np.float32), (2, 1, 1, 1))
+    x = np.concatenate([rows["x"][chosen].astype(np.float32)] * 2)
     inputs = {"x": x, **run(conditioner, {"timestep": timestep, "embedding": embedding})}
     output = run(open_session(bundle.file(BACKBONE), threads=threads), inputs)["output"]
     return TrialReference(inputs, output, manifest.diffusion.noise_schedule().share_told(timestep))

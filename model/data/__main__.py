@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditserve.commands import command_line
-from ditserve.model.data import emoji
+from ditserve.model.data import animated_emoji, emoji
 from ditserve.model.data.extraction import EncoderSettings, extract, plan_extraction, progress_of, write_index
 from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import INDEX
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     _emoji_arguments(
         commands.add_parser("emoji", help="render the emoji set from npm packages of SVG drawings")
     )
+    _animated_emoji_arguments(
+        commands.add_parser("animated-emoji", help="cut clips of animated emoji from npm packages")
+    )
     _describe_arguments(commands.add_parser("describe", help="count what a data set holds; writes nothing"))
     _latents_arguments(
         commands.add_parser("latents", help="encode pictures by an autoencoder, once for all epochs")
@@ -42,18 +45,42 @@ def main(arguments: Sequence[str]) -> int:
 def _emoji_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=64, help="picture size in pixels")
     parser.add_argument("--out", type=named_path, help="target file (default data/emoji<size>.npz)")
+    _tarballs_argument(parser)
+    parser.set_defaults(run=_emoji)
+
+
+def _animated_emoji_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=positive, default=48, help="size of a frame in pixels (48)")
+    parser.add_argument("--frames", type=positive, default=8, help="frames of a clip, over all of it (8)")
+    parser.add_argument(
+        "--out", type=named_path, help="target file (default data/animated-emoji<frames>x<size>.npz)"
+    )
+    _tarballs_argument(parser)
+    parser.set_defaults(run=_animated_emoji)
+
+
+def _tarballs_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tarballs",
         type=named_path,
         default=Path("data/npm"),
         help="folder of npm tarballs, filled if needed",
     )
-    parser.set_defaults(run=_emoji)
 
 
 def _emoji(options: argparse.Namespace) -> None:
     target = options.out or Path(f"data/emoji{options.size}.npz")
     emoji.build(target, options.size, options.tarballs)
+    _tell(target)
+
+
+def _animated_emoji(options: argparse.Namespace) -> None:
+    target = options.out or Path(f"data/animated-emoji{options.frames}x{options.size}.npz")
+    animated_emoji.build(target, options.size, options.frames, options.tarballs)
+    _tell(target)
+
+
+def _tell(target: Path) -> None:
     print(f"wrote {target} and its card, {target.with_suffix('.md')} and {target.with_suffix('.json')}")
 
 

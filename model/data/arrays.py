@@ -49,9 +49,9 @@ def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue, LeftO
 
     `path` is an .npz file, a folder of .npy files with the same names, or a folder of shards in either form.
     Shards are read in the order of their file names, and must agree in names, styles and groups. The arrays
-    are `x` uint8 (N, H, W, 3), `y` integer (N,) into `names`; optionally `s` integer (N,) into `styles`,
-    `groups` per name, and `captions` (N,). Arrays stored without compression (`np.savez`, `np.save`) are
-    mapped and may exceed memory.
+    are `x` uint8 (N, H, W, 3), or (N, F, H, W, 3) of clips and volumes; `y` integer (N,) into `names`;
+    optionally `s` integer (N,) into `styles`, `groups` per name, and `captions` (N,). Arrays stored without
+    compression (`np.savez`, `np.save`) are mapped and may exceed memory.
 
     Raises:
         DataError: a file is damaged, an array is missing or of the wrong type or shape, or shards disagree
@@ -71,8 +71,8 @@ def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue, LeftO
     for file, x, catalogue in zip(files, images, catalogues, strict=True):
         if x.shape[1:] != images[0].shape[1:]:
             raise DataError(
-                f"{file} holds pictures of {x.shape[1]}×{x.shape[2]}, "
-                f"but {files[0]} of {images[0].shape[1]}×{images[0].shape[2]}"
+                f"{file} holds pictures of {'×'.join(map(str, x.shape[1:-1]))}, "
+                f"but {files[0]} of {'×'.join(map(str, images[0].shape[1:-1]))}"
             )
         for field in ("names", "styles", "groups"):
             if getattr(catalogue, field) != getattr(catalogues[0], field):
@@ -112,9 +112,10 @@ def _read(file: Path, captioned: bool) -> tuple[npt.NDArray[np.uint8], Catalogue
             f"{file} lacks the array {sorted(missing)[0]!r}: it needs x (uint8 N,H,W,3), y and names"
         )
     x = arrays["x"]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
+    if x.dtype != np.uint8 or x.ndim not in (4, 5) or x.shape[-1] != 3:
         raise DataError(
-            f"{file}: x must be uint8 (N, H, W, 3), pictures of one size, not {x.dtype} {x.shape}"
+            f"{file}: x must be uint8 (N, H, W, 3), pictures of one size, or (N, F, H, W, 3), clips of one, "
+            f"not {x.dtype} {x.shape}"
         )
     if not len(x):
         raise DataError(f"{file} holds no pictures")

@@ -23,6 +23,7 @@ from ditserve.model.data.latents import Latents, Moments
 from ditserve.model.data.sources import Source, check_corrupt_limit, common_size, read_source
 from ditserve.model.data.texts import Texts
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.sizes import FirstAxis, Size, size_name
 
 __all__ = ["DataConfig", "DataError", "Dataset"]
 
@@ -31,8 +32,18 @@ class Dataset(Protocol):
     """N pictures or latents with their labels."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """The (H, W) of a batch."""
+    def size(self) -> Size:
+        """The (H, W) of a batch; of clips and volumes (F, H, W)."""
+        ...
+
+    @property
+    def first_axis(self) -> FirstAxis | None:
+        """The meaning of the first of three axes; None: there are two."""
+        ...
+
+    @property
+    def fps(self) -> float | None:
+        """The frames of a clip that are shown in a second."""
         ...
 
     @property
@@ -111,8 +122,8 @@ class Dataset(Protocol):
         """
         ...
 
-    def resized(self, size: tuple[int, int]) -> Dataset:
-        """Return the same data at `size` (H, W), for progressive training.
+    def resized(self, size: Size) -> Dataset:
+        """Return the same data at `size`, for progressive training.
 
         Raises:
             DataError: the data are latents of another size.
@@ -143,8 +154,9 @@ class DataConfig(BaseModel):
     """Train only on names that are drawn in every style, so that names and styles cross."""
     hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the (name, style) pairs kept from training; without styles, of the pictures of each name."""
-    size: Side | tuple[Side, Side] | None = None
-    """Crop and resample pictures to this many pixels, or to (H, W). None if they have one size already."""
+    size: Side | tuple[Side, Side] | tuple[Side, Side, Side] | None = None
+    """Crop and resample pictures to this many pixels, or to (H, W). None if they have one size already.
+    Clips keep their number of frames, which may be said, as (F, H, W)."""
     flip: bool = False
     """Mirror half of the pictures. Good for photographs; wrong where left and right differ in meaning."""
     text: str | None = None
@@ -187,16 +199,31 @@ class DataConfig(BaseModel):
             "flip": self.flip,
             "licence": source.card.licence,
             "attribution": source.card.attribution,
+            "first_axis": source.card.first_axis,
+            "fps": source.card.fps,
             "skipped": source.broken,
         }
-        size = self._size(source)
+        size = self.size_of(source)
         if isinstance(source.data, Moments):
             shift, scale = source.data.normalisation(self.latent_scale)
             shared["skipped"] = source.data.index.skipped
             return Latents(moments=source.data, shift=shift, scale=scale, **shared).resized(size)
         return Pictures(images=source.data, size=size, **shared)
 
-    def _size(self, source: Source) -> tuple[int, int]:
-        if self.size is not None:
-            return (self.size, self.size) if isinstance(self.size, int) else self.size
-        return common_size(source)
+    def size_of(self, source: Source) -> Size:
+        """Return the size of batches of a source's pictures, clips or volumes.
+
+        Raises:
+            DataError: the pictures differ and no size is said, or the size has another first axis.
+        """
+        if self.size is None:
+            return common_size(source)
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        first = source.first_sides
+        if size[:-2] not in (first, ()):
+            held = f"clips of {first[0]} frames" if first else "pictures"
+            raise DataError(
+                f"field size: {size_name(size)} is for clips of {size[0]} frames, and {source.path} holds "
+                f"{held}: give height and width alone"
+            )
+        return (*first, *size[-2:])

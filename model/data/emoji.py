@@ -79,21 +79,13 @@ def build(target: Path, size: int, tarballs: Path) -> None:
         DataError: a package cannot be found or fetched, `resvg-py` is missing, or the size is not 8..512; or
             `target` is no .npz file, or there is another file of its name.
     """
-    if not 8 <= size <= 512:
-        raise DataError(f"size must be in 8..512 pixels, not {size}")
-    text = target.with_suffix(".md")
-    if target.suffix != ".npz":
-        raise DataError(f"{target} must end in .npz")
-    if any(file.exists() for file in (target, text, card_file(target))) and read_card(target) != CARD:
-        raise DataError(
-            f"{target}, {text.name} or its card is there and not of this set: choose another name"
-        )
+    check_target(target, size, CARD)
     tarballs.mkdir(parents=True, exist_ok=True)
-    emoji = _read_json(_tarball(NAMES, tarballs), "data-by-emoji.json")
+    emoji = read_json(tarball(NAMES, tarballs), "data-by-emoji.json")
     groups, wordings = _groups_by_name(emoji), _wordings(emoji, tarballs)
     images, drawn_names, styles = [], [], []
     for style, icon_set in enumerate(ICON_SETS):
-        icons = _read_json(_tarball(icon_set, tarballs), "icons.json")
+        icons = read_json(tarball(icon_set, tarballs), "icons.json")
         drawings = [(name, svg) for name in sorted(groups) if (svg := _svg(icons, name)) is not None]
         for name, svg in track(drawings, description=f"{icon_set.style:12s}"):
             images.append(render(svg, size))
@@ -101,10 +93,10 @@ def build(target: Path, size: int, tarballs: Path) -> None:
             styles.append(style)
     names = sorted(set(drawn_names))
     index = {name: k for k, name in enumerate(names)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
+    write_set(
+        target,
+        CARD,
+        _card_text(target.name, size, len(images), len(names)),
         x=np.stack(images),
         y=np.array([index[name] for name in drawn_names], np.int16),
         s=np.array(styles, np.int8),
@@ -124,8 +116,35 @@ def build(target: Path, size: int, tarballs: Path) -> None:
             ]
         ),
     )
-    write_atomic(card_file(target), (CARD.model_dump_json(indent=1) + "\n").encode())
-    write_atomic(text, _card_text(target.name, size, len(images), len(names)).encode())
+
+
+def check_target(target: Path, size: int, card: DataCard) -> None:
+    """Refuse a size out of 8..512, and a file to write that is another set's, by its licence and credits.
+
+    Raises:
+        DataError: it is refused.
+    """
+    if not 8 <= size <= 512:
+        raise DataError(f"size must be in 8..512 pixels, not {size}")
+    text = target.with_suffix(".md")
+    if target.suffix != ".npz":
+        raise DataError(f"{target} must end in .npz")
+    there = any(file.exists() for file in (target, text, card_file(target)))
+    if there and read_card(target).attribution != card.attribution:
+        raise DataError(
+            f"{target}, {text.name} or its card is there and not of this set: choose another name"
+        )
+
+
+def write_set(target: Path, card: DataCard, text: str, **arrays: Any) -> None:
+    """Write a set's arrays (.npz), and beside them its card for programs (.json) and for people (.md)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    # Pictures have no first axis, and their cards do not say so.
+    fields = card.model_dump_json(indent=1, exclude_none=True)
+    write_atomic(card_file(target), f"{fields}\n".encode())
+    write_atomic(target.with_suffix(".md"), text.encode())
     write_atomic(target, content.getvalue())
 
 
@@ -145,7 +164,12 @@ def render(svg: str, size: int) -> npt.NDArray[np.uint8]:
     return np.asarray(canvas.convert("RGB").reduce(OVERSAMPLE))
 
 
-def _tarball(icons: IconSet, folder: Path) -> Path:
+def tarball(icons: IconSet, folder: Path) -> Path:
+    """Return the file of an npm package in `folder`, into which it is fetched if it is not there.
+
+    Raises:
+        DataError: it is not there and cannot be fetched.
+    """
     file = folder / f"{icons.package.lstrip('@').replace('/', '-')}-{icons.version}.tgz"
     if file.is_file():
         return file
@@ -160,7 +184,8 @@ def _tarball(icons: IconSet, folder: Path) -> Path:
     return file
 
 
-def _read_json(tarball: Path, name: str) -> dict[str, Any]:
+def read_json(tarball: Path, name: str) -> dict[str, Any]:
+    """Return a JSON object in a package. Raises `DataError` if it is not there."""
     try:
         with tarfile.open(tarball) as archive:
             stream = archive.extractfile(f"package/{name}")
@@ -170,7 +195,7 @@ def _read_json(tarball: Path, name: str) -> dict[str, Any]:
 
 
 def _wordings(emoji: dict[str, Any], tarballs: Path) -> Wordings:
-    keywords = _read_json(_tarball(KEYWORDS, tarballs), "dist/emoji-en-US.json")
+    keywords = read_json(tarball(KEYWORDS, tarballs), "dist/emoji-en-US.json")
     named = {
         entry["slug"].replace("_", "-"): (character, entry["name"]) for character, entry in emoji.items()
     }

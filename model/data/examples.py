@@ -16,6 +16,7 @@ from ditserve.model.data.transforms import centre_crop
 from ditserve.model.nets.text import TextError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.sizes import FirstAxis, Size
 
 
 class DataError(ModelError):
@@ -23,7 +24,7 @@ class DataError(ModelError):
 
 
 class Images(Protocol):
-    """Pictures by index, each uint8 (H, W, 3), of one size or of many.
+    """Pictures by index, each uint8 (H, W, 3), of one size or of many; or clips, each (F, H, W, 3).
 
     They are an array, a mapped file, or files that are decoded on request.
     """
@@ -46,7 +47,8 @@ class Examples:
 
     `rows` int64 (N,) are the indices of the examples in their source. `labels` int64 (N, F) has one column
     per factor. `held_out` bool (N,) marks the examples kept from training. `captions` has N sentences, or
-    none. `skipped` names what could not be read, `left_out` counts what is not used.
+    none. `skipped` names what could not be read, `left_out` counts what is not used. `first_axis` and `fps`
+    are those of clips and volumes, see `DataCard`.
     """
 
     rows: npt.NDArray[np.int64]
@@ -61,6 +63,8 @@ class Examples:
     attribution: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    first_axis: FirstAxis | None = None
+    fps: float | None = None
 
     @property
     def training(self) -> npt.NDArray[np.int64]:
@@ -101,10 +105,13 @@ class Examples:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pictures(Examples):
-    """A `Dataset` of pixels: `images` are read when needed, then cropped and resampled to `size` (H, W)."""
+    """A `Dataset` of pixels: `images` are read when needed, then cropped and resampled to `size` (H, W).
+
+    That of clips is (F, H, W), with their own number of frames.
+    """
 
     images: Images
-    size: tuple[int, int]
+    size: Size
 
     @property
     def channels(self) -> int:
@@ -120,7 +127,7 @@ class Pictures(Examples):
         return zlib.crc32(np.ascontiguousarray(self.images[row]).data)
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Return pictures `index` (n,) in [−1, 1], float32 (n, 3, H, W).
+        """Return pictures `index` (n,) in [−1, 1], float32 (n, 3, H, W), or clips (n, 3, F, H, W).
 
         With `flip`, `rng` decides which are mirrored.
 
@@ -129,17 +136,17 @@ class Pictures(Examples):
         """
         pixels = np.stack([centre_crop(self.images[int(row)], self.size) for row in self.rows[index]])
         flips = self.draw_flips(len(index), rng)
-        pixels[flips] = pixels[flips, :, ::-1]
+        pixels[flips] = pixels[flips][..., ::-1, :]
         return to_model_space(pixels)
 
-    def resized(self, size: tuple[int, int]) -> Pictures:
-        """Return the same pictures, cropped and resampled to `size` (H, W)."""
+    def resized(self, size: Size) -> Pictures:
+        """Return the same pictures, cropped and resampled to `size`."""
         return replace(self, size=size)
 
 
 def to_model_space(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return pixels uint8 (n, H, W, 3) as float32 (n, 3, H, W) in [−1, 1]."""
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    """Return pixels uint8 (n, H, W, 3) as float32 (n, 3, H, W) in [−1, 1], those of clips likewise."""
+    planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 1)).astype(np.float32)
     planes /= np.float32(127.5)
     planes -= np.float32(1)
     return planes

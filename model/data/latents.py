@@ -28,6 +28,7 @@ from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.manifest import DecoderKind
+from ditserve.model.spec.sizes import Size
 
 INDEX = "latents.json"
 
@@ -158,7 +159,7 @@ class Latents(Examples):
             self.rows,
         )
 
-    def resized(self, size: tuple[int, int]) -> Latents:
+    def resized(self, size: Size) -> Latents:
         """Return the same latents: they have one size.
 
         Raises:
@@ -167,7 +168,7 @@ class Latents(Examples):
         if size != self.size:
             raise DataError(
                 f"{self.moments.folder} holds latents of {self.size[0]}×{self.size[1]}, "
-                f"not {size[0]}×{size[1]}: extract them anew"
+                f"not {'×'.join(map(str, size))}: extract them anew"
             )
         return self
 

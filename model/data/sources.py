@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ditserve.model.data.arrays import read_arrays
 from ditserve.model.data.examples import DataError, Images
@@ -18,7 +18,9 @@ from ditserve.model.data.image_files import Check, ImageFiles, examine
 from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.data.latents import INDEX, Moments, read_latents
 from ditserve.model.data.tar import read_tar
+from ditserve.model.spec.bundle_bounds import FASTEST, SLOWEST
 from ditserve.model.spec.errors import wrong_field
+from ditserve.model.spec.sizes import FirstAxis, Size
 
 KNOWN = (
     "an .npz or a folder of them, a folder of pictures in a sub-folder per class, tar files, or latent shards"
@@ -34,6 +36,16 @@ class DataCard(BaseModel):
     """An SPDX expression, for what is trained on the data."""
     attribution: tuple[str, ...] = ()
     """Credits that must be given, one line each."""
+    first_axis: FirstAxis | None = None
+    """The meaning of the first axis of clips (frames) or volumes (depth); pictures have none."""
+    fps: Annotated[float, Field(ge=SLOWEST, le=FASTEST)] | None = None
+    """The frames of a clip that are shown in a second."""
+
+    @model_validator(mode="after")
+    def _frames_have_a_pace(self) -> DataCard:
+        if (self.fps is None) == (self.first_axis == "frames"):
+            raise ValueError("fps: frames need it, the frames in a second, and nothing else has it")
+        return self
 
 
 def card_file(source: Path) -> Path:
@@ -98,7 +110,8 @@ KINDS = (
 class Source:
     """Everything that a path holds, before any selection.
 
-    `sizes` counts the (H, W) of the readable pictures; `broken` has a message for each unreadable one.
+    `sizes` counts the (H, W) of the readable pictures, or the (F, H, W) of clips and volumes; `broken` has a
+    message for each unreadable one.
     `left_out` counts the pictures beside these that are not used.
     """
 
@@ -107,9 +120,14 @@ class Source:
     data: Images | Moments
     catalogue: Catalogue
     card: DataCard
-    sizes: Counter[tuple[int, int]]
+    sizes: Counter[Size]
     broken: tuple[str, ...]
     left_out: LeftOut
+
+    @property
+    def first_sides(self) -> Size:
+        """The frames of clips or the depth of volumes, of which a set has one number; () of pictures."""
+        return next(iter(self.sizes), ())[:-2]
 
 
 def read_source(path: Path, *, captions: bool = False, check: Check | None = "decode") -> Source:
@@ -127,28 +145,36 @@ def read_source(path: Path, *, captions: bool = False, check: Check | None = "de
     if kind is None:
         raise DataError(f"{path} is no data set: pass {KNOWN}")
     data, catalogue, left_out = kind.read(path, captions=captions)
-    sizes: Counter[tuple[int, int]] = Counter()
+    sizes: Counter[Size] = Counter()
     broken: tuple[str, ...] = ()
     if not isinstance(data, ImageFiles):
-        height, width = data.index.size if isinstance(data, Moments) else data[0].shape[:2]
-        sizes[height, width] = len(data)
+        size = data.index.size if isinstance(data, Moments) else data[0].shape[:-1]
+        sizes[tuple(size)] = len(data)
     elif check:
         examination = examine(data, check)
         data, catalogue = data.take(examination.readable), catalogue.take(examination.readable)
-        sizes, broken = examination.sizes, examination.broken
+        sizes, broken = Counter(examination.sizes), examination.broken
         if not len(data):
             raise DataError(f"{path} holds no readable picture: {broken[0]}")
-    return Source(path, kind.name, data, catalogue, read_card(path), sizes, broken, left_out)
+    source = Source(path, kind.name, data, catalogue, read_card(path), sizes, broken, left_out)
+    if bool(source.first_sides) != (source.card.first_axis is not None):
+        mistake = (
+            "say what the first of three axes is, frames or depth"
+            if source.first_sides
+            else ("these are pictures, which have none")
+        )
+        raise DataError(f"{card_file(path)}: field first_axis: {mistake}")
+    return source
 
 
-def common_size(source: Source) -> tuple[int, int]:
-    """Return the (H, W) that all pictures have.
+def common_size(source: Source) -> Size:
+    """Return the size, (H, W) or (F, H, W), that all pictures have.
 
     Raises:
         DataError: they differ.
     """
     if len(source.sizes) > 1:
-        first, second = (f"{height}×{width}" for height, width in list(source.sizes)[:2])
+        first, second = ("×".join(map(str, size)) for size in list(source.sizes)[:2])
         raise DataError(
             f"{source.path} holds pictures of different sizes ({first}, {second}): "
             "set the size to crop them to"

@@ -21,9 +21,10 @@ def summarise(source: Source) -> Iterator[str]:
     """Yield lines about a source: pictures, sizes, classes, captions, licence, and what cannot be read."""
     catalogue, count = source.catalogue, len(source.data)
     yield f"{source.path}: {source.kind}"
-    sizes = ", ".join(f"{height}×{width} ({n:,})" for (height, width), n in source.sizes.most_common(5))
+    sizes = ", ".join(f"{'×'.join(map(str, size))} ({n:,})" for size, n in source.sizes.most_common(5))
     more = f" and {len(source.sizes) - 5} more" if len(source.sizes) > 5 else ""
-    yield f"  {'latents' if isinstance(source.data, Moments) else 'pictures'}  {count:,}: {sizes}{more}"
+    held = {None: "pictures", "frames": "clips", "depth": "volumes"}[source.card.first_axis]
+    yield f"  {'latents' if isinstance(source.data, Moments) else held}  {count:,}: {sizes}{more}"
     for factor, classes, names in (
         ("names", catalogue.y, catalogue.names),
         ("styles", catalogue.s, catalogue.styles),

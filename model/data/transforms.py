@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ditserve.model.spec.sizes import Size
+
 SHIFT = 0.09  # of the width, either way
 ZOOM = (0.85, 1.12)
 TILT = math.radians(8)
@@ -24,16 +26,18 @@ NOISE = 0.04  # of the range −1 … 1
 BLUR = 0.3  # share of pictures blurred
 
 
-def centre_crop(picture: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def centre_crop(picture: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
     """Return the centre of a picture uint8 (h, w, 3), resampled to `size` (H, W).
 
     The picture is halved with a box filter while both sides stay at least as large as asked. Then it is
     resampled (bicubic) so that it just covers `size`, and the middle is cut out. A picture that has this size
-    already is returned as it is.
+    already is returned as it is. Every frame of a clip (F, h, w, 3) is cut in this way, to (F, H, W).
     """
-    height, width = size
-    if picture.shape[:2] == size:
+    *_, height, width = size
+    if picture.shape[:-1] == size:
         return picture
+    if picture.ndim == 4:
+        return np.stack([centre_crop(frame, (height, width)) for frame in picture])
     image = Image.fromarray(picture)
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -8,8 +8,10 @@ Parameters of the blocks of other processes keep their names and are empty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import floordiv
 from typing import Any, cast
 
 import torch
@@ -37,8 +39,8 @@ class BlockRange(nn.Module):
     def forward(
         self, h: Tensor, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None
     ) -> Tensor:
-        network, patch = self.network, self.network.config.patch_size
-        grid = x.shape[2] // patch, x.shape[3] // patch
+        network = self.network
+        grid = tuple(map(floordiv, x.shape[2:], network.config.patch))
         with self.context():
             state = network.modulate(timestep, network.embed(labels, text))
             named = dict(zip(network.state_names, state, strict=True))
@@ -122,7 +124,7 @@ class BlockPipeline:
         key = (*x.shape, pieces)
         if self._schedule is None or self._schedule[0] != key:
             config, rows = self.network.config, len(x) // pieces
-            tokens = x.shape[2] * x.shape[3] // config.patch_size**2 + 2 * ("in_context" in config.plan)
+            tokens = math.prod(map(floordiv, x.shape[2:], config.patch)) + 2 * ("in_context" in config.plan)
             between = torch.empty(rows, tokens, config.hidden_size, requires_grad=True)
             output = torch.empty(rows, config.out_channels, *x.shape[2:], requires_grad=True)
             stage = PipelineStage(

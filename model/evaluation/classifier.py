@@ -126,10 +126,12 @@ def train(
         )
     if len(every) < UNSEEN * 2:
         raise DataError(f"the data holds {len(every)} pictures: a classifier needs at least {UNSEEN * 2}")
+    if len(dataset.size) > 2:
+        raise DataError("the data holds clips or volumes: a classifier reads pictures")
     images = torch.from_numpy(dataset.batch(every, np.random.default_rng(seed)))
     labels = torch.from_numpy(dataset.labels)
     card = ClassifierCard(
-        image_size=dataset.size,
+        image_size=(dataset.size[0], dataset.size[1]),
         widths=tuple(widths),
         factors=dataset.factors,
         licence=dataset.licence,

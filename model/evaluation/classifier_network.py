@@ -23,6 +23,7 @@ from ditserve.commands import command_line
 from ditserve.model.spec.bundle import WEIGHTS, digest, write_atomic
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.sizes import Size
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo" / "emoji-classifier"  # the one that ships
 CARD = "classifier.json"
@@ -147,22 +148,33 @@ def save_classifier(network: Classifier, folder: Path, card: ClassifierCard) -> 
 def classify(network: Classifier, images: Tensor) -> ClassifierOutput:
     """Return the network's outputs for pictures (N, 3, H, W) in [−1, 1], computed a few pictures at a time.
 
+    Pictures a whole number of times as large as the classifier's are averaged down to its size.
+
     Raises:
-        ClassifierError: the pictures have another size than the classifier's.
+        ClassifierError: the pictures have a size that the classifier does not read.
     """
-    size = (images.shape[2], images.shape[3])
-    if size != network.card.image_size:
-        height, width = network.card.image_size
-        raise ClassifierError(
-            f"the classifier reads pictures of {height}×{width}, these are {size[0]}×{size[1]}: "
-            "train one for them"
-        )
-    outputs = [network(chunk) for chunk in images.split(CHUNK)]
+    factor = reading_factor(network.card, (images.shape[2], images.shape[3]))
+    outputs = [network(F.avg_pool2d(chunk, factor)) for chunk in images.split(CHUNK)]
     return ClassifierOutput(
         torch.cat([output.features for output in outputs]),
         torch.cat([output.detail for output in outputs]),
         tuple(torch.cat(logits) for logits in zip(*(output.logits for output in outputs), strict=True)),
     )
+
+
+def reading_factor(card: ClassifierCard, size: Size) -> int:
+    """Return the times that pictures are as large as a classifier's: 2 for 128×128 and 64×64.
+
+    Raises:
+        ClassifierError: it is no whole number, or not the same for height and width.
+    """
+    (height, width), factor = card.image_size, size[0] // card.image_size[0]
+    if factor < 1 or size != (height * factor, width * factor):
+        raise ClassifierError(
+            f"the classifier reads pictures of {height}×{width}, not {'×'.join(map(str, size))}: train one "
+            "for them"
+        )
+    return factor
 
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:

@@ -6,9 +6,17 @@ import argparse
 from pathlib import Path
 
 from ditserve.commands import command_line
-from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
+from ditserve.model.evaluation.classifier_network import (
+    CLASSIFIER,
+    Classifier,
+    ClassifierError,
+    open_classifier,
+    reading_factor,
+)
 from ditserve.model.evaluation.features import FeatureNetwork, classifier_features, inception_features
+from ditserve.model.evaluation.picture_sets import picture_size
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.sizes import Size
 from ditserve.model.train.loaded_model import LoadedModel
 
 
@@ -36,10 +44,12 @@ def open_metric_networks(
         if not known or (known < wanted and options.classifier is None):
             reason = f"knows {known or 'none'} of the model's {wanted} classes"
             raise EvaluationError(_no_classifier(folder, reason, loaded, options))
-        size = loaded.network.config.image_size
-        if loaded.manifest.decoder == "identity" and classifier.card.image_size != size:
-            reason = f"reads pictures of {_sides(classifier.card.image_size)}, not {_sides(size)}"
-            raise EvaluationError(_no_classifier(folder, reason, loaded, options))
+        try:
+            reading_factor(classifier.card, picture_size(loaded))
+        except ClassifierError:
+            read, drawn = _sides(classifier.card.image_size), _sides(picture_size(loaded))
+            reason = f"reads pictures of {read}, not {drawn}"
+            raise EvaluationError(_no_classifier(folder, reason, loaded, options)) from None
     if options.features == "inception":
         if options.weights is None:
             raise EvaluationError("--features inception needs the network's file: pass it with --weights")
@@ -57,8 +67,8 @@ def known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, int
     return len(known & wanted), len(wanted)
 
 
-def _sides(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
+def _sides(size: Size) -> str:
+    return "×".join(map(str, size))
 
 
 def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argparse.Namespace) -> str:

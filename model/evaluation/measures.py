@@ -57,6 +57,11 @@ TITLES = {
     "nearest_feature_p95": "… 95 % are below",
     "nearest_feature_own": "nearest training picture shows the labels asked for",
     "nearest_feature_copied": "nearer than ⅓ of the distance to the second nearest",
+    "pixel_change": "change from frame to frame, as much as the real clips'",
+    "pixel_jerk": "… its own change, which flicker makes large",
+    "pixel_motion_error": "error of the change against the real clip of the labels ↓",
+    "pixel_still_error": "… of a clip that stands still",
+    "pixel_error": "error of the frames against the real clip ↓",
 }
 
 # The figures that depend on the feature network.

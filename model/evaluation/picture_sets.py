@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import DataConfig, Dataset
 from ditserve.model.data.examples import DataError
+from ditserve.model.data.latents import Latents
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.conditioner import null_labels
@@ -24,6 +25,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.sizes import Size, scaled
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -89,13 +91,20 @@ class EvaluationPlan:
         return self.wordings == "unseen"
 
 
-def open_data(model: LoadedModel, path: Path) -> Dataset:
+def picture_size(model: LoadedModel) -> Size:
+    """Return the size of a model's pictures, of latents when they are decoded."""
+    return scaled(model.network.config.image_size, model.manifest.upscale)
+
+
+def open_data(model: LoadedModel, path: Path, *, pictures: bool = False) -> Dataset:
     """Open the data a model was trained on, not mirrored, and of the model's size.
 
-    It is selected and split as in training.
+    It is selected and split as in training. With `pictures`, those that the latents of a model were made of
+    will do in their place.
 
     Raises:
-        DataError: the data cannot be opened, or its classes are not the model's.
+        DataError: the data cannot be opened, its classes are not the model's, or it holds pictures and the
+            model denoises latents.
     """
     manifest = model.manifest
     config: dict[str, Any] = manifest.provenance.get("training", {}).get("data", {})
@@ -110,6 +119,12 @@ def open_data(model: LoadedModel, path: Path) -> Dataset:
     if tuple(dataset.factors) != tuple(manifest.factors):
         raise DataError(f"{path} has other classes than the model: pass the data that it was trained on")
     size = model.network.config.image_size
+    if manifest.decoder != "identity" and not isinstance(dataset, Latents):
+        if not pictures:
+            raise DataError(
+                f"{path} holds pictures and the model denoises latents: pass those of model.data latents"
+            )
+        size = picture_size(model)
     return dataset if dataset.size == size else dataset.resized(size)
 
 
@@ -202,10 +217,15 @@ def round_to_8_bits(images: Tensor) -> Tensor:
 
 
 def real_pictures(dataset: Dataset, decoder: PictureDecoder, rows: Sequence[int]) -> Iterator[Tensor]:
-    """Yield examples of the data as pictures, in chunks (n, 3, H, W), rounded to eight bits."""
+    """Yield examples of the data as pictures, in chunks (n, 3, H, W), rounded to eight bits.
+
+    Latents are decoded, so the autoencoder's own errors are in them.
+    """
     for start in range(0, len(rows), CHUNK):
-        batch = dataset.batch(np.array(rows[start : start + CHUNK]), np.random.default_rng(start))
-        yield round_to_8_bits(decoder.decode(torch.from_numpy(batch)))
+        batch = torch.from_numpy(
+            dataset.batch(np.array(rows[start : start + CHUNK]), np.random.default_rng(start))
+        )
+        yield round_to_8_bits(decoder.decode(batch) if isinstance(dataset, Latents) else batch)
 
 
 def collect_sets(

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ditserve.model.nets.small_autoencoder import DESCRIPTION, SmallAutoencoder, load_small_autoencoder
-from ditserve.model.spec.bundle import digest
+from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, digest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import SD_SCALE, DecoderKind, LatentSpec, Manifest
+from ditserve.model.spec.pipeline_folder import VAE
 
 # The field of a manifest's provenance that holds the `fingerprint` of what made the model's latents.
 AUTOENCODER = "autoencoder"
@@ -217,6 +218,12 @@ def open_autoencoder(
             f"{folder} is not of the kind of the model's autoencoder ({kind}): pass its own"
         )
     return open_latent_autoencoder(folder, latents, device)
+
+
+def autoencoder_folder(model: Path, given: Path | None) -> Path | None:
+    """Return `given`, or else the autoencoder in the bundle `model`: a pipeline's, or a small one."""
+    own = (model / PIPELINE / VAE, model / SMALL_AUTOENCODER)
+    return given or next((folder for folder in own if folder.is_dir()), None)
 
 
 def _check_class(folder: Path) -> None:

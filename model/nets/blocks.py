@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ditserve.model.nets.attention_kinds import ConvMlp, make_attention
 from ditserve.model.nets.experts import ExpertMlp
 from ditserve.model.nets.layers import (
+    CONVOLUTIONS,
     CrossAttention,
     Grid,
     Mlp,
@@ -42,7 +44,7 @@ class Block(nn.Module):
         d, width = config.hidden_size, config.heads_width
         qk_norm: QkNorm | None = ("rms" if config.rms_norm else "layer") if config.qk_norm else None
         self.attn = make_attention(config, attention, qk_norm)
-        mlp = ConvMlp if config.conv_mlp else SwiGlu if config.swiglu else Mlp
+        mlp = partial(ConvMlp, axes=config.axes) if config.conv_mlp else SwiGlu if config.swiglu else Mlp
         self.mlp: nn.Module = ExpertMlp(config) if config.experts else mlp(d, config.mlp_size)
         if kind == "cross_attention" or config.text_tokens:
             cross_norm = qk_norm if config.text_tokens else None
@@ -61,9 +63,9 @@ class Block(nn.Module):
         state: Tensor | None,
         rotary: Rotary = None,
         text: Text | None = None,
-        grid: Grid = (0, 0),
+        grid: Grid = (),
     ) -> Tensor:
-        """Return the block's output: (N, T, D) → (N, T, D), of tokens in a grid of (rows, columns).
+        """Return the block's output: (N, T, D) → (N, T, D), of tokens in a grid.
 
         `state` is the modulation (N, 6, D) of adaLN-Zero or (N, 4, D) of adaLN, or the condition tokens
         (N, 2, D) for cross-attention. An in-context block has None: its condition tokens are part of `h`.
@@ -121,7 +123,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.channels = config.head_channels or config.out_channels
         self.norm = rms_norm if config.rms_norm else layer_norm
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * self.channels)
+        self.linear = nn.Linear(config.hidden_size, math.prod(config.patch) * self.channels)
         if config.adaptive_final:
             d = config.hidden_size
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
@@ -141,14 +143,15 @@ class FinalLayer(nn.Module):
 class ConvHead(nn.Module):
     """A small convolution that removes the seams between patches: h[:C] + Conv3×3(SiLU(Conv3×3([x, h]))).
 
-    `x` is the noisy image (N, C, H, W), `h` (N, head_channels, H, W) the unpatchified final layer.
+    `x` is the noisy image (N, C, H, W), `h` (N, head_channels, H, W) the unpatchified final layer. With three
+    axes the convolutions are over 3×3×3.
     """
 
-    def __init__(self, in_channels: int, head_channels: int, width: int = 24) -> None:
+    def __init__(self, in_channels: int, head_channels: int, axes: int = 2, width: int = 24) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.conv1 = nn.Conv2d(in_channels + head_channels, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, in_channels, 3, padding=1)
+        self.in_channels, layer = in_channels, CONVOLUTIONS[axes]
+        self.conv1 = layer(in_channels + head_channels, width, 3, padding=1)
+        self.conv2 = layer(width, in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         detail: Tensor = self.conv2(F.silu(self.conv1(torch.cat([x, h], dim=1))))

@@ -23,6 +23,7 @@ from ditserve.model.nets.experts import ExpertMlp
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.layers import Attention, CrossAttention
 from ditserve.model.spec.network_kinds import NetworkConfig
+from ditserve.model.spec.sizes import Size
 
 # The names of the modules that attend, and the operations of the linear layers in them.
 ATTENTION = frozenset({"attn", "cross", "attention"})
@@ -107,7 +108,7 @@ class PartCost:
         return 4 * math.prod(self.shape)
 
 
-def part_costs(config: NetworkConfig, size: tuple[int, int] | None = None) -> list[PartCost]:
+def part_costs(config: NetworkConfig, size: Size | None = None) -> list[PartCost]:
     """Return the cost of every block and every other part of the backbone, in the order that they run.
 
     Raises:
@@ -138,8 +139,8 @@ def part_costs(config: NetworkConfig, size: tuple[int, int] | None = None) -> li
     return parts
 
 
-def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
-    """Return what a network costs per row at `size` (H, W), which is the trained size unless given.
+def cost(config: NetworkConfig, size: Size | None = None) -> Cost:
+    """Return what a network costs per row at `size`, (H, W) or (F, H, W), the trained one unless given.
 
     Raises:
         ValueError: a size that the network cannot take.
@@ -224,7 +225,7 @@ def _record_tokens(network: Network) -> tuple[list[int], Callable[[], None]]:
     return tokens, remove
 
 
-def _example(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
+def _example(config: NetworkConfig, size: Size) -> Inputs:
     labels = torch.empty(1, len(config.classes), dtype=torch.int64)
     text = torch.empty(1, config.text_width) if config.text_size else None
     return torch.empty(1, config.in_channels, *size), torch.empty(1), labels, text

@@ -4,6 +4,8 @@
     state     = dit.modulate(timestep, embedding)  # (N,), (N, D) → tensors to cache by both
     output    = dit.backbone(x, state)             # (N, C, H, W) → (N, C_out, H, W), the costly part
 
+With three axes, `x` is a batch of clips or volumes (N, C, F, H, W), and so is the output.
+
 `dit(x, timestep, labels)` is these three calls and gives the same bits. N is the batch, F the number of label
 factors, D the hidden size, C the channels. The condition enters through one of four kinds of block:
 adaLN-Zero (the default), adaLN, cross-attention, or in context. Parameters are named as in the published
@@ -13,7 +15,9 @@ weights. Source: Peebles & Xie, arXiv:2212.09748, §3.2 and Figure 3.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import floordiv, mul
 from typing import cast
 
 import torch
@@ -38,6 +42,7 @@ from ditserve.model.nets.modulation import ConditionGate
 from ditserve.model.nets.rotary import RotaryTables, RotaryTokens
 from ditserve.model.nets.token_merging import squares_apart, squares_together
 from ditserve.model.spec.dit_config import MODULATIONS, DiTConfig
+from ditserve.model.spec.sizes import multiple_name, size_name
 
 # The tensors of a condition state by their names in `config.state()`.
 NamedState = Mapping[str, Tensor]
@@ -50,9 +55,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config, self.symbolic_positions = config, False
         self.state_names = tuple(name for name, _ in config.state())
-        self.level_plan, self.token_multiple = config.level_plan, config.token_multiple
+        self.level_plan, self.token_multiples = config.level_plan, config.token_multiples
         d = config.hidden_size
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, d)
+        self.x_embedder = PatchEmbed(config.patch, config.in_channels, d)
         self.t_embedder = TimestepEmbedder(d, shift=config.frequency_shift)
         self.y_embedder = ConditionEmbedder(
             config.classes,
@@ -69,15 +74,17 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(map(Block, [config] * config.depth, config.plan, config.attention_plan))
         self.levels = TokenLevels(d, config.level_plan) if any(config.level_plan) else None
         self.final_layer = FinalLayer(config)
-        self.head = ConvHead(config.in_channels, config.head_channels) if config.head_channels else None
+        self.head = (
+            ConvHead(config.in_channels, config.head_channels, config.axes) if config.head_channels else None
+        )
         self.pos_embed: Tensor
-        self.register_buffer("pos_embed", self._sincos(*config.grid_size), persistent=False)  # (T, D)
+        self.register_buffer("pos_embed", self._sincos(config.grid_size), persistent=False)  # (T, D)
         self.rotary_tables = RotaryTables(config.head_size, config.grid_size)
         self.initialise()
 
     def reset_positions(self) -> None:
         """Compute the position table, which is no weight and so is in no file."""
-        self.pos_embed = self._sincos(*self.config.grid_size)
+        self.pos_embed = self._sincos(self.config.grid_size)
 
     def initialise(self) -> None:
         """Initialise as published: Xavier for linear layers, N(0, 0.02²) for embeddings, and zeros.
@@ -103,7 +110,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(cast(Tensor, layer.bias))
 
-    def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d]:
+    def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d | nn.Conv3d]:
         """Yield the layers that start at zero: those of modulation, output, layout, head, text and splits."""
         yield self.final_layer.linear
         owners = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
@@ -183,7 +190,7 @@ class DiT(nn.Module):
 
     def enter(self, x: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the tokens (N, T, D) of `x`, with condition tokens in front of them if blocks have some."""
-        h: Tensor = self.x_embedder(x) + self.positions(*grid).to(x.dtype)  # (N, T, D)
+        h: Tensor = self.x_embedder(x) + self.positions(grid).to(x.dtype)  # (N, T, D)
         if self.layout is not None:
             h = h + named["layout"]
         h = torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
@@ -191,7 +198,7 @@ class DiT(nn.Module):
 
     def run_blocks(self, h: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the tokens after all blocks, (N, T, D) → (N, T, D)."""
-        rotary = [self.rotary(*grid, h, level) for level in range(1 + max(self.level_plan))]
+        rotary = [self.rotary(grid, h, level) for level in range(1 + max(self.level_plan))]
         text = self._text(named["text"]) if self.config.text_tokens else None
         # The tokens of each level above the current one.
         skips: list[Tensor] = []
@@ -203,10 +210,9 @@ class DiT(nn.Module):
 
     def leave(self, x: Tensor, h: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the output (N, C_out, H, W) of the tokens after the last block."""
-        rows, columns = grid
         h = squares_together(h, grid) if self.config.merge_tokens else h
-        h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
-        out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
+        h = h[:, -math.prod(grid) :] if "in_context" in self.config.plan else h  # (N, T, D)
+        out = unpatchify(self.final_layer(h, named.get("final")), grid, self.config.patch)
         # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
         return out if self.head is None else cast(Tensor, self.head(x, out))
 
@@ -240,55 +246,55 @@ class DiT(nn.Module):
         for block in self.blocks:
             block._compiled_call_impl = None
 
-    def positions(self, rows: int, columns: int) -> Tensor:
-        """Return the position embedding (rows·columns, D): the trained one, or an interpolated one."""
+    def positions(self, grid: Grid) -> Tensor:
+        """Return the position embedding (T, D) of a grid: the trained one, or an interpolated one."""
         if self.symbolic_positions:
-            return self._sincos(rows, columns)
-        if (rows, columns) == self.config.grid_size:
+            return self._sincos(grid)
+        if grid == self.config.grid_size:
             return self.pos_embed
-        return self._sincos(rows, columns).to(self.pos_embed.device)
+        return self._sincos(grid).to(self.pos_embed.device)
 
-    def rotary(self, rows: int, columns: int, h: Tensor, level: int = 0) -> Rotary:
+    def rotary(self, grid: Grid, h: Tensor, level: int = 0) -> Rotary:
         """Return the rotary tables for the tokens `h` (N, T, D) at a level, or None without RoPE.
 
         Condition tokens in front of the image tokens (in-context) are not rotated.
         """
         if not self.config.rope:
             return None
-        tokens = RotaryTokens((rows, columns), level, h.shape[1] - rows * columns, h.device)
+        tokens = RotaryTokens(grid, level, h.shape[1] - math.prod(grid), h.device)
         # A trace computes them, because it may be for other sizes than its example's.
         traced = self.symbolic_positions or torch.compiler.is_compiling()
         tables = self.rotary_tables.make if traced else self.rotary_tables.get
-        return tables(tokens, self._spacing(rows, columns))
+        return tables(tokens, self._spacing(grid))
 
-    def _sincos(self, rows: int, columns: int) -> Tensor:
-        return sincos_positions(self.config.hidden_size, rows, columns, self._spacing(rows, columns))
+    def _sincos(self, grid: Grid) -> Tensor:
+        return sincos_positions(self.config.hidden_size, grid, self._spacing(grid))
 
-    def _spacing(self, rows: int, columns: int) -> Spacing:
+    def _spacing(self, grid: Grid) -> Spacing:
         if not self.symbolic_positions:
-            return self.config.position_scale(rows, columns)
-        base_rows, base_columns = self.config.base_grid
-        return _symbolic_distance(base_rows, rows), _symbolic_distance(base_columns, columns)
+            return self.config.position_scale(grid)
+        return tuple(map(_symbolic_distance, self.config.base_grid, grid))
 
-    def _token_grid(self, x: Tensor) -> tuple[int, int]:
-        check_images(x, self.config.in_channels)
-        patch = self.config.patch_size
-        rows, columns = x.shape[2] // patch, x.shape[3] // patch
-        if (rows * patch, columns * patch) != (x.shape[2], x.shape[3]):
+    def _token_grid(self, x: Tensor) -> Grid:
+        config = self.config
+        check_images(x, config.in_channels, config.axes)
+        size = tuple(x.shape[2:])
+        grid = tuple(map(floordiv, size, config.patch))
+        if tuple(map(mul, grid, config.patch)) != size:
             raise ValueError(
-                f"size {x.shape[2]}x{x.shape[3]} is not a multiple of the patch {patch}: resize or crop"
+                f"size {size_name(size)} is not a multiple of the patch {multiple_name(config.patch)}: "
+                "resize or crop"
             )
-        multiple = self.token_multiple
-        if multiple > 1 and (rows % multiple or columns % multiple):
+        if any(count % part for count, part in zip(grid, self.token_multiples, strict=True) if part > 1):
             raise ValueError(
-                f"size {x.shape[2]}x{x.shape[3]} is not a multiple of {patch * multiple}, which the windows "
-                "or levels of this network need: resize or crop"
+                f"size {size_name(size)} is not a multiple of {multiple_name(config.size_multiples)}, which "
+                "the windows or levels of this network need: resize or crop"
             )
-        if self.layout is not None and (rows, columns) != self.config.grid_size:
+        if self.layout is not None and grid != config.grid_size:
             raise ValueError(
-                f"layout_rank fixes the size at {self.config.image_size}: train without it for others"
+                f"layout_rank fixes the size at {config.image_size}: train without it for others"
             )
-        return rows, columns
+        return grid
 
 
 def _symbolic_distance(base: int, count: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Levels of a grid of tokens: 2×2 tokens are merged into one, and split again beside a skip connection.
 
 The blocks between compute on a quarter of the tokens. The way down and up is that of hourglass transformers
-(Nawrot et al., arXiv:2110.13711; for diffusion, Crowson et al., arXiv:2401.11605), at one width.
+(Nawrot et al., arXiv:2110.13711; for diffusion, Crowson et al., arXiv:2401.11605), at one width. With three
+axes, tokens of one frame are merged.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -24,8 +26,10 @@ class TokenMerge(nn.Module):
 
     def forward(self, h: Tensor, grid: Grid) -> Tensor:
         n, _, d = h.shape
-        h = h.reshape(n, grid[0] // 2, 2, grid[1] // 2, 2, d).transpose(2, 3)  # (N, R/2, C/2, 2, 2, D)
-        return cast(Tensor, self.linear(h.reshape(n, (grid[0] // 2) * (grid[1] // 2), 4 * d)))
+        # The rows of all frames, of which each has an even number, lie one below the other.
+        rows, columns = math.prod(grid[:-1]), grid[-1]
+        h = h.reshape(n, rows // 2, 2, columns // 2, 2, d).transpose(2, 3)  # (N, R/2, C/2, 2, 2, D)
+        return cast(Tensor, self.linear(h.reshape(n, (rows // 2) * (columns // 2), 4 * d)))
 
 
 class TokenSplit(nn.Module):
@@ -37,8 +41,9 @@ class TokenSplit(nn.Module):
 
     def forward(self, h: Tensor, grid: Grid) -> Tensor:
         n, _, d = h.shape
-        h = cast(Tensor, self.linear(h)).reshape(n, grid[0], grid[1], 2, 2, d).transpose(2, 3)
-        return h.reshape(n, 4 * grid[0] * grid[1], d)
+        rows, columns = math.prod(grid[:-1]), grid[-1]
+        h = cast(Tensor, self.linear(h)).reshape(n, rows, columns, 2, 2, d).transpose(2, 3)
+        return h.reshape(n, 4 * rows * columns, d)
 
 
 class TokenLevels(nn.Module):
@@ -62,5 +67,5 @@ class TokenLevels(nn.Module):
         change = self.changes[str(block)]
         if isinstance(change, TokenMerge):
             skips.append(h)
-            return change(h, grid), (grid[0] // 2, grid[1] // 2)
-        return skips.pop() + change(h, grid), (2 * grid[0], 2 * grid[1])
+            return change(h, grid), (*grid[:-2], grid[-2] // 2, grid[-1] // 2)
+        return skips.pop() + change(h, grid), (*grid[:-2], 2 * grid[-2], 2 * grid[-1])

@@ -7,7 +7,7 @@ embedding, the statistics of norms and softmax are computed in fp32, whatever th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, TypedDict, cast
 
 import torch
@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from ditserve.model.spec.attention_kinds import FULL, AttentionKind
 from ditserve.model.spec.dit_config import SWIGLU_MULTIPLE
 
-# Distance between neighbouring tokens along rows and along columns; tensors where a traced graph computes it.
-Spacing = tuple[float | Tensor, float | Tensor]
-# Rows and columns of tokens.
-Grid = tuple[int, int]
+# Distance between neighbouring tokens along each axis; tensors where a traced graph computes it.
+Spacing = tuple[float | Tensor, ...]
+# Tokens along each axis: rows and columns, and before them frames or depth.
+Grid = tuple[int, ...]
 
 
-def sincos_positions(hidden_size: int, rows: int, columns: int, spacing: Spacing = (1.0, 1.0)) -> Tensor:
-    """Return the 2-D sine-cosine position embedding, (rows·columns, hidden_size) fp32, computed in float64.
+def sincos_positions(hidden_size: int, grid: Grid, spacing: Spacing | None = None) -> Tensor:
+    """Return the sine-cosine position embedding of a grid of tokens, (T, D) fp32, computed in float64.
 
     The token in row i and column j gets the four quarters sin(j·ω), cos(j·ω), sin(i·ω), cos(i·ω), with
-    ω_k = 10000^(−k/(D/4)), as in MAE and in the published DiT. i and j advance by `spacing`: below 1, a
-    larger grid is squeezed into the range of positions that the network was trained on.
+    ω_k = 10000^(−k/(D/4)), as in MAE and in the published DiT. i and j advance by `spacing`, 1 unless given:
+    below 1, a larger grid is squeezed into the range of positions that the network was trained on. With a
+    third axis each has a third of D, and that of frames or depth comes last.
     """
-    row, column = _angles(hidden_size // 4, rows, columns, spacing)  # 2 × (T, D/4)
-    return torch.cat([torch.sin(column), torch.cos(column), torch.sin(row), torch.cos(row)], dim=1).float()
+    angles = _angles(hidden_size // 2, grid, spacing)  # one (T, D/4) of each axis, with three about D/6
+    return torch.cat([wave(axis) for axis in reversed(angles) for wave in (torch.sin, torch.cos)], 1).float()
 
 
 def timestep_features(t: Tensor, width: int = 256, *, shift: int = 0) -> Tensor:
@@ -70,24 +71,29 @@ def apply_rotary(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(q.dtype)
 
 
-def rotary_tables(
-    head_size: int, rows: int, columns: int, spacing: Spacing = (1.0, 1.0)
-) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (T, head_size/2) fp32, of axial 2-D rotary angles, computed in float64.
+def rotary_tables(head_size: int, grid: Grid, spacing: Spacing | None = None) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (T, head_size/2) fp32, of axial rotary angles, computed in float64.
 
-    The first half of the pairs turns with the row, the second with the column. `spacing` is as above.
+    The first half of the pairs turns with the row, the second with the column; with a third axis, a third
+    each. `spacing` is as above.
     """
-    angles = torch.cat(_angles(head_size // 4, rows, columns, spacing), dim=1)  # (T, head/2)
+    angles = torch.cat(_angles(head_size // 2, grid, spacing), dim=1)  # (T, head/2)
     return torch.cos(angles).float(), torch.sin(angles).float()
 
 
-def _angles(count: int, rows: int, columns: int, spacing: Spacing) -> tuple[Tensor, Tensor]:
-    """Return row·ω and column·ω of every token, (T, count) float64, with ω_k = 10000^(−k/count)."""
-    omega = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    i = torch.arange(rows, dtype=torch.float64) * spacing[0]
-    j = torch.arange(columns, dtype=torch.float64) * spacing[1]
-    row, column = i[:, None].expand(rows, columns), j[None, :].expand(rows, columns)
-    return row.reshape(-1, 1) * omega, column.reshape(-1, 1) * omega
+def _angles(pairs: int, grid: Grid, spacing: Spacing | None) -> list[Tensor]:
+    """Return place·ω of every token along each axis, (T, count) float64, with ω_k = 10000^(−k/count).
+
+    The counts share out `pairs` evenly; the last axes have one more where that leaves a rest.
+    """
+    angles = []
+    for axis, distance in enumerate(spacing or (1.0,) * len(grid)):
+        count = (pairs + axis) // len(grid)
+        omega = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+        place = torch.arange(grid[axis], dtype=torch.float64) * distance
+        lone = [1] * axis + [-1] + [1] * (len(grid) - axis - 1)
+        angles.append(place.reshape(lone).expand(grid).reshape(-1, 1) * omega)
+    return angles
 
 
 def check_rows(timestep: Tensor, embedding: Tensor) -> None:
@@ -107,18 +113,23 @@ def check_state(state: Sequence[Tensor], names: Sequence[str]) -> None:
         )
 
 
-def check_images(x: Tensor, channels: int) -> None:
-    """Raise ValueError unless `x` is (N, channels, H, W)."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x must be (N, {channels}, H, W), not {tuple(x.shape)}")
+def check_images(x: Tensor, channels: int, axes: int = 2) -> None:
+    """Raise ValueError unless `x` is (N, channels, H, W), or with three axes (N, channels, F, H, W)."""
+    if x.ndim != 2 + axes or x.shape[1] != channels:
+        sides = "H, W" if axes == 2 else "F, H, W"
+        raise ValueError(f"x must be (N, {channels}, {sides}), not {tuple(x.shape)}")
+
+
+# The convolution over pixels or tokens, by the number of their axes.
+CONVOLUTIONS: dict[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class PatchEmbed(nn.Module):
-    """The patch embedding: one token for each P×P patch, without overlap, (N, C, H, W) → (N, T, D)."""
+    """The patch embedding: one token for each patch, without overlap, (N, C, H, W) → (N, T, D)."""
 
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+    def __init__(self, patch: Grid, in_channels: int, hidden_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.proj = CONVOLUTIONS[len(patch)](in_channels, hidden_size, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.proj(x)).flatten(2).transpose(1, 2)  # (N, D, h, w) → (N, T, D)
@@ -207,8 +218,8 @@ class Attention(nn.Module):
         self.head_size = self.computed_width = head = width // num_heads
         self.q_norm, self.k_norm = (_head_norm(qk_norm, head) for _ in range(2))
 
-    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = (0, 0)) -> Tensor:
-        """Attend within `h`, whose T tokens lie in a grid of rows and columns; only other kinds need it."""
+    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = ()) -> Tensor:
+        """Attend within `h`, whose T tokens lie in a grid; only other kinds need it."""
         out = self.attend(*self.heads(h, rotary), grid)  # (N, H, T, W/H)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
 
@@ -227,7 +238,7 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return q, k, v
 
-    def weights(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = (0, 0)) -> Tensor:
+    def weights(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = ()) -> Tensor:
         """Return attention probabilities (N, H, T, T) fp32, which the forward pass never forms."""
         q, k, _ = self.heads(h, rotary)
         return self.probabilities(q.float(), k.float(), grid)
@@ -294,9 +305,10 @@ class SwiGlu(nn.Module):
         return cast(Tensor, self.fc2(F.silu(gate) * value))
 
 
-def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
     """Join patches to images: (N, T, C·P·P) → (N, C, rows·P, columns·P); a token is laid out (C, P, P)."""
     n, _, width = tokens.shape
-    channels = width // (patch * patch)
-    grid = tokens.reshape(n, rows, columns, channels, patch, patch)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, rows * patch, columns * patch)
+    axes, channels = len(grid), width // math.prod(patch)
+    pairs = [number for axis in range(1, axes + 1) for number in (axis, axis + axes + 1)]
+    apart = tokens.reshape(n, *grid, channels, *patch).permute(0, axes + 1, *pairs)
+    return apart.reshape(n, channels, *(count * side for count, side in zip(grid, patch, strict=True)))

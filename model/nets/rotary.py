@@ -51,7 +51,7 @@ class RotaryTables:
 
     def make(self, tokens: RotaryTokens, spacing: Spacing) -> CosSin:
         """Compute what `get` returns, for a trace to follow."""
-        (rows, columns), side = tokens.grid, 1 << tokens.level
-        cos, sin = rotary_tables(self._head_size, rows // side, columns // side, spacing)
+        (*front, rows, columns), side = tokens.grid, 1 << tokens.level
+        cos, sin = rotary_tables(self._head_size, (*front, rows // side, columns // side), spacing)
         padding = (0, 0, tokens.front, 0)
         return F.pad(cos, padding, value=1.0).to(tokens.device), F.pad(sin, padding).to(tokens.device)

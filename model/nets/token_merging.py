@@ -9,6 +9,8 @@ from the same one in another batch, which no other option of the network does.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,15 +21,18 @@ from ditserve.model.nets.layers import Grid
 def squares_apart(h: Tensor, grid: Grid) -> Tensor:
     """Order tokens (N, T, D) by their place in a square of 2×2: the first quarter are the upper left ones."""
     n, _, d = h.shape
-    h = h.reshape(n, grid[0] // 2, 2, grid[1] // 2, 2, d).permute(0, 2, 4, 1, 3, 5)
-    return h.reshape(n, grid[0] * grid[1], d)
+    # The rows of all frames of a clip lie one below the other.
+    rows, columns = math.prod(grid[:-1]), grid[-1]
+    h = h.reshape(n, rows // 2, 2, columns // 2, 2, d).permute(0, 2, 4, 1, 3, 5)
+    return h.reshape(n, rows * columns, d)
 
 
 def squares_together(h: Tensor, grid: Grid) -> Tensor:
     """Order tokens (N, T, D) as they were before `squares_apart`."""
     n, _, d = h.shape
-    h = h.reshape(n, 2, 2, grid[0] // 2, grid[1] // 2, d).permute(0, 3, 1, 4, 2, 5)
-    return h.reshape(n, grid[0] * grid[1], d)
+    rows, columns = math.prod(grid[:-1]), grid[-1]
+    h = h.reshape(n, 2, 2, rows // 2, columns // 2, d).permute(0, 3, 1, 4, 2, 5)
+    return h.reshape(n, rows * columns, d)
 
 
 class TokenMerging:

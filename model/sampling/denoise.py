@@ -21,6 +21,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.guidance import GuidanceNorm, check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
+from ditserve.model.spec.sizes import Size
 from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance, trajectory, variance_bounds
 from ditserve.model.spec.source import NoisySource, SourceLatent
 from ditserve.model.spec.stretches import Stretch, stretch_at
@@ -140,8 +141,8 @@ def noise_generator(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed))
 
 
-def initial_noise(seed: int, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Return the noise (C, H, W) that a seed means, here and in the service."""
+def initial_noise(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return the noise, (C, H, W) or (C, F, H, W), that a seed means, here and in the service."""
     return draw_noise(noise_generator(seed), shape)
 
 
@@ -155,7 +156,7 @@ def denoise(
     denoiser: Denoiser,
     table: StepTable,
     seeds: Sequence[int],
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     *,
     clip_x0: bool = True,
     source: SourceLatent[Tensor] | None = None,
@@ -163,9 +164,9 @@ def denoise(
 ) -> Iterator[Tensor]:
     """Denoise one sample per seed along `table`, and yield the x0 estimate (N, C, H, W) of each step.
 
-    The last estimate is the sample. `size` (H, W) is the trained one unless given. With a DDPM table, a model
-    of learned variance uses that variance. From a `source` the steps of the table are those that are walked
-    at this `strength`.
+    The last estimate is the sample. `size`, (H, W) or (F, H, W), is the trained one unless given. With a DDPM
+    table, a model of learned variance uses that variance. From a `source` the steps of the table are those
+    that are walked at this `strength`.
 
     Raises:
         ValueError: a size the model cannot take, or not one seed for each row of the conditions.

@@ -1,10 +1,11 @@
-"""Sample sheets: decoded pictures side by side in one image."""
+"""Sample sheets: decoded pictures side by side in one image, or clips and volumes in a moving one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.model.spec.solvers import step_table
 
 LARGEST = 1 << 30  # bytes of one picture
@@ -26,13 +28,48 @@ STRIP = 14  # pixels of a caption's line
 WIDEST = 120
 LINES = 2  # of a caption, at most
 CHUNK = 32  # samples denoised together
+SLICES = 8.0  # of a volume, shown in a second
+MOVING = (".png", ".webp")  # the formats of files that hold a moving sheet
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """An image of samples side by side, or one image a frame of clips, `fps` in a second."""
+
+    frames: tuple[Image.Image, ...]
+    fps: float = SLICES
+
+    @classmethod
+    def of(
+        cls,
+        pixels: npt.NDArray[np.uint8],
+        draw: Callable[[npt.NDArray[np.uint8]], Image.Image],
+        fps: float | None = None,
+    ) -> Sheet:
+        """Return the sheet of pictures uint8 (N, H, W, 3), or clips (N, F, H, W, 3), that `draw` arranges."""
+        moments = (pixels,) if pixels.ndim == 4 else pixels.swapaxes(0, 1)
+        return cls(tuple(draw(moment) for moment in moments), fps or SLICES)
+
+    def save(self, file: Path) -> None:
+        """Write the sheet; its frames follow one another and begin again.
+
+        Raises:
+            ValueError: the format of a moving sheet has no frames.
+        """
+        first, *others = self.frames
+        if not others:
+            first.save(file)
+            return
+        if file.suffix.lower() not in MOVING:
+            raise ValueError(f"clips are written to {' or '.join(MOVING)} files, not {file.name}")
+        first.save(file, save_all=True, append_images=others, duration=1000 / self.fps, loop=0, lossless=True)
+
+
 def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:
-    """Return pictures (N, 3, H, W) in [−1, 1] as uint8 (N, H, W, 3)."""
+    """Return pictures (N, 3, H, W) in [−1, 1] as uint8 (N, H, W, 3), and clips as (N, F, H, W, 3)."""
     pixels = (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.movedim(1, -1).cpu().numpy()
 
 
 def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
@@ -45,15 +82,15 @@ def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
     return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
 
 
-def check_sheet(count: int, height: int, width: int) -> None:
+def check_sheet(count: int, size: Size) -> None:
     """Refuse pictures that take more than `LARGEST` bytes side by side.
 
     Raises:
         ValueError: there are too many, or they are too large.
     """
-    if count * height * width * 3 > LARGEST:
+    if count * math.prod(size) * 3 > LARGEST:
         raise ValueError(
-            f"{count} pictures of {height}×{width} take more than {LARGEST >> 20} MiB in one: ask for less"
+            f"{count} pictures of {size_name(size)} take more than {LARGEST >> 20} MiB in one: ask for less"
         )
 
 
@@ -175,11 +212,14 @@ def sheet_samples(
 
 
 @torch.no_grad()
-def draw_sheet(samples: Tensor, decoder: PictureDecoder, factors: Sequence[Factor]) -> Image.Image:
+def draw_sheet(
+    samples: Tensor, decoder: PictureDecoder, factors: Sequence[Factor], fps: float | None = None
+) -> Sheet:
     """Draw `sheet_samples`: classes of the first factor side by side, of the second below each other.
 
-    `factors` name the classes, which stand below the pictures.
+    `factors` name the classes, which stand below the pictures; `fps` is the pace of clips.
     """
     rows, width = sheet_labels([len(factor.classes) for factor in factors])
     pictures = [to_pixels(decoder.decode(chunk)) for chunk in samples.split(CHUNK)]
-    return captioned_grid(np.concatenate(pictures), width, sheet_captions(rows, factors))
+    captions = sheet_captions(rows, factors)
+    return Sheet.of(np.concatenate(pictures), lambda pixels: captioned_grid(pixels, width, captions), fps)

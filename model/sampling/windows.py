@@ -24,14 +24,14 @@ class WindowDenoiser(Denoiser):
         Raises:
             ValueError: x is smaller than a window.
         """
-        height, width = x.shape[2:]
-        windows = windows_over((height, width), self.model.config.image_size)
+        size = tuple(x.shape[2:])
+        windows = windows_over(size, self.model.config.image_size)
         blended: Tensor | None = None
-        for (top, left), weight in zip(windows.corners, torch.from_numpy(windows.weights), strict=True):
-            rows, columns = slice(top, top + weight.shape[0]), slice(left, left + weight.shape[1])
-            output = Denoiser.__call__(self, x[..., rows, columns], level)
+        for area, weight in zip(windows.areas(), torch.from_numpy(windows.weights), strict=True):
+            place = (slice(None), slice(None), *area)
+            output = Denoiser.__call__(self, x[place], level)
             if blended is None:
-                blended = output.new_zeros((*output.shape[:2], height, width))
-            blended[..., rows, columns] += weight.to(output.device) * output
+                blended = output.new_zeros((*output.shape[:2], *size))
+            blended[place] += weight.to(output.device) * output
         assert blended is not None
         return blended

@@ -44,7 +44,9 @@ _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
 BACKBONES = "backbones"
-PARTS = (PIPELINE, BACKBONES)  # folders in a bundle
+# The small autoencoder itself, beside the graphs of its halves.
+SMALL_AUTOENCODER = "autoencoder"
+PARTS = (PIPELINE, BACKBONES, SMALL_AUTOENCODER)  # folders in a bundle
 BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 LARGEST_MANIFEST = 64 * 2**20  # bytes

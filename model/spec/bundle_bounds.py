@@ -19,12 +19,14 @@ from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClas
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.network_config import BundleConfig
+from ditserve.model.spec.sizes import scaled, size_name
 from ditserve.model.spec.solvers import step_table
 
 TEXT = "text"  # the key of a condition's text, beside those of the factors
 MAX_TIMESTEPS = 100_000
 MAX_SEED = 2**53 - 1
 MAX_GUIDANCE = 100.0
+SLOWEST, FASTEST = 0.5, 100.0  # frames in a second; a frame of a GIF lasts a hundredth of one at least
 LARGEST_COUNT = 2**20  # of any whole number of a network's configuration
 Steps = Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
 Size = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
@@ -96,12 +98,24 @@ def check_network(config: BundleConfig) -> None:
             raise ValueError(f"field config: {name} may be at most {limit}, not {value!r}")
     if len(fields.get("multipliers", ())) > LARGEST_LEVELS:
         raise ValueError(f"field config: multipliers names more than {LARGEST_LEVELS} levels")
-    height, width = config.image_size
-    if config.in_channels * height * width > LARGEST_LATENT:
+    if config.in_channels * prod(config.image_size) > LARGEST_LATENT:
         raise ValueError(
-            f"field config: image_size {height}x{width} of {config.in_channels} channels has more than "
-            f"{LARGEST_LATENT} numbers"
+            f"field config: image_size {size_name(config.image_size)} of {config.in_channels} channels has "
+            f"more than {LARGEST_LATENT} numbers"
         )
+
+
+def check_axes(config: BundleConfig, first_axis: str | None, fps: float | None, *, pixels: bool) -> None:
+    """Refuse a third axis of which nothing is known, or that a decoder of pictures would lose."""
+    axes = len(config.image_size)
+    if axes == 3 and first_axis is None:
+        raise ValueError("field first_axis: say what the first of three axes is, frames or depth")
+    if axes == 2 and first_axis is not None:
+        raise ValueError(f"field first_axis: config.image_size has two axes, and {first_axis} is for three")
+    if (fps is None) == (first_axis == "frames"):
+        raise ValueError("field fps: frames need it, the frames in a second, and nothing else has it")
+    if axes == 3 and not pixels:
+        raise ValueError("field decoder: three axes are of pixels, so it must be identity")
 
 
 def check_backbone(field: str, config: BundleConfig, own: BundleConfig) -> None:
@@ -133,10 +147,10 @@ def check_pictures(config: BundleConfig, upscale: int, *, pixels: bool) -> None:
             "field decoder: identity makes pictures of 1 or 3 channels, "
             f"and config.in_channels is {config.in_channels}"
         )
-    height, width = (side * upscale for side in config.image_size)
-    if height * width > LARGEST_LATENT:
+    size = scaled(tuple(config.image_size), upscale)
+    if prod(size) > LARGEST_LATENT:
         raise ValueError(
-            f"field latents.factor: pictures of {height}x{width} have more than {LARGEST_LATENT} pixels"
+            f"field latents.factor: pictures of {size_name(size)} have more than {LARGEST_LATENT} pixels"
         )
 
 

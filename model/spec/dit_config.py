@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from ditserve.model.spec.attention_kinds import AttentionKind, attention_kind, check_kinds, check_levels
+from ditserve.model.spec.sizes import Size, check_size, patch_along
 
 Fusion = Literal["sum", "mlp"]
 BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
@@ -42,8 +43,10 @@ MOST_MERGED = 0.75
 class DiTConfig:
     """The configuration that fixes the parameters and the function of a DiT.
 
-    Sizes are (height, width) in latent pixels, or in image pixels for models without an autoencoder.
+    Sizes are (height, width), or (frames or depth, height, width), in latent pixels, or in image pixels for
+    models without an autoencoder.
 
+        patch_size       one number for height and width, and 1 along a third axis; or one along each axis
         attention_width  the width of all heads together, less where heads were pruned; None: hidden_size
         blocks           one kind for all blocks, or one kind per block
         classes          the number of classes of each label factor k; index classes[k] is its null class
@@ -75,8 +78,8 @@ class DiTConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    image_size: tuple[int, int] = (32, 32)
-    patch_size: int = 2
+    image_size: Size = (32, 32)
+    patch_size: int | Size = 2
     in_channels: int = 4
     hidden_size: int = 1152
     depth: int = 28
@@ -101,7 +104,7 @@ class DiTConfig:
     merge_tokens: float = 0.0
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
-    base_size: tuple[int, int] | None = None
+    base_size: Size | None = None
     shared_modulation: bool = False
     condition_gate: bool = False
     experts: int = 0
@@ -116,7 +119,7 @@ class DiTConfig:
             if isinstance(getattr(self, field), kind):
                 object.__setattr__(self, field, (getattr(self, field),))
         # JSON has lists where these fields are tuples.
-        for field in ("image_size", "classes", "base_size", "attention", "levels"):
+        for field in ("image_size", "patch_size", "classes", "base_size", "attention", "levels"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         self._check_sizes()
@@ -127,10 +130,12 @@ class DiTConfig:
         self._check_experts()
 
     def _check_sizes(self) -> None:
-        check_counts(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        check_size("image_size", self.image_size, self.patch_size)
+        check_counts(self, "in_channels", "hidden_size", "depth", "num_heads")
+        check_size("image_size", self.image_size, 1, axes=(2, 3))
+        self._check_patch()
+        check_size("image_size", self.image_size, self.patch_size, axes=(2, 3))
         if self.base_size is not None:
-            check_size("base_size", self.base_size, self.patch_size)
+            check_size("base_size", self.base_size, self.patch_size, axes=(self.axes,))
         for field in ("mlp_ratio", "mlp_norm_eps"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be positive, not {getattr(self, field)!r}")
@@ -143,13 +148,27 @@ class DiTConfig:
                 f"{field} {self.heads_width} is not divisible by num_heads {self.num_heads}: "
                 f"use a multiple such as {near}"
             )
-        if self.hidden_size % 4:
+        # Pairs of a sine and a cosine are shared out to the axes, to each one at least.
+        if self.hidden_size % 4 or self.hidden_size < 2 * self.axes:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 for 2-D sine-cosine positions"
+                f"hidden_size {self.hidden_size} must be a multiple of 4, with three axes at least 8, for "
+                "sine-cosine positions"
             )
-        if self.rope and self.head_size % 4:
+        if self.rope and (self.head_size % 4 or self.head_size < 2 * self.axes):
             raise ValueError(
-                f"rope needs a head size that is a multiple of 4, not {self.head_size}: change num_heads"
+                f"rope needs a head size that is a multiple of 4, not {self.head_size}, and with three axes "
+                "at least 8: change num_heads"
+            )
+
+    def _check_patch(self) -> None:
+        if not isinstance(self.patch_size, tuple):
+            check_counts(self, "patch_size")
+        elif len(self.patch_size) != self.axes or not all(
+            isinstance(side, int) and side > 0 for side in self.patch_size
+        ):
+            raise ValueError(
+                f"patch_size must be a positive number, or one for each of the {self.axes} axes of "
+                f"image_size, not {self.patch_size!r}"
             )
 
     def _check_blocks(self) -> None:
@@ -194,8 +213,9 @@ class DiTConfig:
                 f"experts must be 0 (one MLP for all tokens) or 2 and more, not {self.experts!r}"
             )
         if not self.experts:
-            if self.shared_expert:
-                raise ValueError("shared_expert stands beside experts: set experts, or leave it out")
+            for field, default in (("shared_expert", False), ("top_k", 1), ("routing", "expert_choice")):
+                if getattr(self, field) != default:
+                    raise ValueError(f"{field} is for experts: set experts, or leave it out")
             return
         check_counts(self, "top_k")
         if self.top_k >= self.experts:
@@ -215,8 +235,14 @@ class DiTConfig:
             value = getattr(self, field)
             if not isinstance(value, tuple) or len(value) not in (1, self.depth):
                 raise ValueError(f"{field} must be one value, or one per block for depth {self.depth}")
-        check_kinds(self.attention_plan, self.num_heads, rope=self.rope)
+        check_kinds(self.attention_plan, self.num_heads, axes=self.axes, rope=self.rope)
         check_levels(self.level_plan)
+        for kind, level in zip(self.attention_plan, self.level_plan, strict=True):
+            if kind.name == "low_rank" and kind.size > self.tokens >> 2 * level:
+                raise ValueError(
+                    f"attention low_rank:{kind.size} has more mixes than a picture has tokens at its level, "
+                    f"{self.tokens >> 2 * level}: lower the number"
+                )
         if self.conv_mlp and self.swiglu:
             raise ValueError("conv_mlp has a gate of its own: turn swiglu off, or conv_mlp")
         if not isinstance(self.merge_tokens, int | float) or not 0 <= self.merge_tokens <= MOST_MERGED:
@@ -232,9 +258,13 @@ class DiTConfig:
                 "attention other than full, conv_mlp, levels and merge_tokens need a grid of tokens alone: "
                 "use no block of the kind in_context"
             )
-        if self.token_multiple > 1:
+        if max(self.token_multiples) > 1:
             check_size(
-                "image_size", self.image_size, self.size_multiple, "the side of windows and merged tokens,"
+                "image_size",
+                self.image_size,
+                self.size_multiples,
+                "the side of windows and merged tokens,",
+                axes=(self.axes,),
             )
 
     @property
@@ -254,18 +284,27 @@ class DiTConfig:
         return self.levels if len(self.levels) == self.depth else self.levels * self.depth
 
     @property
-    def token_multiple(self) -> int:
-        """The number that must divide the rows and the columns of tokens."""
-        sides = [
-            kind.multiple << level for kind, level in zip(self.attention_plan, self.level_plan, strict=True)
-        ]
-        # Tokens are merged by the 2×2 of a grid.
-        return math.lcm(*sides, 2 if self.merge_tokens else 1)
+    def axes(self) -> int:
+        """The number of axes of what is denoised: two of a picture, three of a clip or a volume."""
+        return len(self.image_size)
 
     @property
-    def size_multiple(self) -> int:
-        """The number of latent pixels that must divide height and width."""
-        return self.patch_size * self.token_multiple
+    def patch(self) -> Size:
+        """The patch along every axis."""
+        return patch_along(self.patch_size, self.axes)
+
+    @property
+    def token_multiples(self) -> Size:
+        """The number that must divide the tokens along each axis."""
+        plan = tuple(zip(self.attention_plan, self.level_plan, strict=True))
+        # Levels halve rows and columns alone, and tokens are merged by the 2×2 of a row and a column.
+        side = math.lcm(*(kind.multiple << level for kind, level in plan), 2 if self.merge_tokens else 1)
+        return (*[math.lcm(*(kind.multiple for kind, _ in plan))] * (self.axes - 2), side, side)
+
+    @property
+    def size_multiples(self) -> Size:
+        """The number of latent pixels that must divide each side of a size."""
+        return tuple(a * b for a, b in zip(self.patch, self.token_multiples, strict=True))
 
     @property
     def heads_width(self) -> int:
@@ -282,29 +321,28 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
-    def grid_size(self) -> tuple[int, int]:
-        """The tokens (rows, columns) at the trained size."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+    def grid_size(self) -> Size:
+        """The tokens along each axis, rows and columns last, at the trained size."""
+        return tuple(side // patch for side, patch in zip(self.image_size, self.patch, strict=True))
 
     @property
-    def base_grid(self) -> tuple[int, int]:
-        """The tokens (rows, columns) at `base_size`, which stand at distance 1 from one another."""
-        height, width = self.base_size or self.image_size
-        return height // self.patch_size, width // self.patch_size
+    def base_grid(self) -> Size:
+        """The tokens along each axis at `base_size`, which stand at distance 1 from one another."""
+        size = self.base_size or self.image_size
+        return tuple(side // patch for side, patch in zip(size, self.patch, strict=True))
 
-    def position_scale(self, rows: int, columns: int) -> tuple[float, float]:
-        """Return the distance between neighbouring tokens of a grid of (rows, columns), along each axis.
+    def position_scale(self, grid: Size) -> tuple[float, ...]:
+        """Return the distance between neighbouring tokens of a grid, along each axis.
 
         A grid larger than the base grid is squeezed into its range (position interpolation, Chen et al.,
         arXiv:2306.15595); a smaller one is a crop of it. With a base grid of 16 × 16 tokens, 32 rows and 8
         columns have distances (0.5, 1.0): row 31 stands at position 15.5, column 7 at position 7.
         """
-        base_rows, base_columns = self.base_grid
-        return min(1.0, base_rows / rows), min(1.0, base_columns / columns)
+        return tuple(min(1.0, base / count) for base, count in zip(self.base_grid, grid, strict=True))
 
     @property
     def tokens(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
+        return math.prod(self.grid_size)
 
     @property
     def plan(self) -> tuple[BlockKind, ...]:
@@ -365,17 +403,6 @@ def check_counts(config: object, *fields: str) -> None:
         value = getattr(config, field)
         if not isinstance(value, int) or value <= 0:
             raise ValueError(f"{field} must be positive and whole, not {value!r}")
-
-
-def check_size(field: str, size: Sequence[int], multiple: int, of: str = "patch_size") -> None:
-    """Raise ValueError unless `size` (height, width) is two positive multiples of `multiple`, named `of`."""
-    whole = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size)
-    if not whole or min(size) <= 0:
-        raise ValueError(f"{field} must be two positive numbers (height, width), not {size!r}")
-    if size[0] % multiple or size[1] % multiple:
-        raise ValueError(
-            f"{field} {size[0]}x{size[1]} is not divisible by {of} {multiple}: change one of them"
-        )
 
 
 def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> None:

@@ -19,6 +19,7 @@ from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
 from ditserve.model.spec.pipeline_config import GuidanceKind, PipelineConfig
+from ditserve.model.spec.sizes import FirstAxis
 from ditserve.model.spec.stretches import Stretch
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -170,6 +171,10 @@ class Manifest(StrictModel):
     config: BundleConfig
     diffusion: DiffusionSpec
     factors: Annotated[tuple[Factor, ...], Field(max_length=16)]
+    # What comes before height and width where `image_size` has three axes.
+    first_axis: FirstAxis | None = None
+    # The frames that a clip shows in a second, unless a request says so.
+    fps: Annotated[float, Field(ge=bounds.SLOWEST, le=bounds.FASTEST)] | None = None
     decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
@@ -232,7 +237,9 @@ class Manifest(StrictModel):
         bounds.check_network(self.config)
         bounds.check_factors(self.factors, self.config)
         bounds.check_state(self.state)
-        bounds.check_pictures(self.config, self.upscale, pixels=self.decoder == "identity")
+        pixels = self.decoder == "identity"
+        bounds.check_axes(self.config, self.first_axis, self.fps, pixels=pixels)
+        bounds.check_pictures(self.config, self.upscale, pixels=pixels)
         bounds.check_provenance(self.provenance)
         channels = {"diffusion.guidance_channels": self.diffusion.guidance_channels}
         if self.latents is not None:

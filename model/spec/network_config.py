@@ -5,6 +5,7 @@ Pure: no torch, no I/O.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.network_kinds import NetworkConfig as NetworkConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
+from ditserve.model.spec.sizes import Size
 from ditserve.model.spec.unet_config import UNetConfig
 
 BundleConfig = NetworkConfig | PipelineConfig
@@ -23,20 +25,32 @@ PIPELINE_KIND = "pipeline"
 Config = TypeVar("Config", DiTConfig, UNetConfig, PipelineConfig)
 
 
-def size_multiple(config: BundleConfig) -> int | None:
-    """Return the number that must divide height and width, or None if only the trained size works."""
+def size_multiples(config: BundleConfig) -> Size | None:
+    """Return the number that must divide each side of a size, or None if only the trained size works."""
     if isinstance(config, PipelineConfig):
-        return config.patch_size
+        return (config.patch_size,) * 2
     if isinstance(config, DiTConfig):
         # A layout path has a bias for every token of one size.
-        return None if config.layout_rank else config.size_multiple
-    return 1 << (len(config.multipliers) - 1)
+        return None if config.layout_rank else config.size_multiples
+    return (1 << (len(config.multipliers) - 1),) * 2
+
+
+def size_multiple(config: BundleConfig) -> int | None:
+    """Return the number that must divide height and width, or None if only the trained size works."""
+    multiples = size_multiples(config)
+    return None if multiples is None else math.lcm(*multiples[-2:])
+
+
+def graph_multiples(config: BundleConfig) -> Size | None:
+    """Return `size_multiples` of the network's graph, which may hold the positions of one size."""
+    fixed = isinstance(config, PipelineConfig) and FAMILIES[config.family].positions_of_one_size
+    return None if fixed else size_multiples(config)
 
 
 def graph_multiple(config: BundleConfig) -> int | None:
-    """Return the same of the network's graph, which may hold the positions of one size."""
-    fixed = isinstance(config, PipelineConfig) and FAMILIES[config.family].positions_of_one_size
-    return None if fixed else size_multiple(config)
+    """Return `size_multiple` of the network's graph."""
+    multiples = graph_multiples(config)
+    return None if multiples is None else math.lcm(*multiples[-2:])
 
 
 def negative_mark(config: BundleConfig) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ditserve.model.spec.dit_config import Fusion, check_conditions, check_counts, check_size
+from ditserve.model.spec.dit_config import Fusion, check_conditions, check_counts
+from ditserve.model.spec.sizes import Size, check_size
 
 Resample = Literal["keep", "halve", "double"]
 
@@ -44,7 +45,7 @@ class UNetConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    image_size: tuple[int, int] = (32, 32)
+    image_size: Size = (32, 32)
     in_channels: int = 4
     base_channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 3)

@@ -3,19 +3,22 @@
 MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): at every step each window is predicted by itself, and
 the prediction at a pixel is the weighted mean over the windows that contain it. The weight of a window falls
 smoothly to its edges (a raised cosine, never zero), so that no seam is seen. The weights at a pixel sum to
-one. Sizes are in latent pixels, height first. Pure.
+one. Sizes are in latent pixels, height before width, and before both the frames of a clip. Pure.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.sizes import Size, size_name
+
 Floats = npt.NDArray[np.float32]
-Size = tuple[int, int]  # height and width in latent pixels
 
 
 def window_starts(side: int, window: int) -> tuple[int, ...]:
@@ -31,16 +34,19 @@ def window_starts(side: int, window: int) -> tuple[int, ...]:
 
 def window_count(size: Size, window: Size) -> int:
     """Return the number of windows over a picture."""
-    return len(window_starts(size[0], window[0])) * len(window_starts(size[1], window[1]))
+    return prod(len(window_starts(*lengths)) for lengths in zip(size, window, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """The `n` windows over latents of `size`, row by row: upper left corners, and weights (n, h, w)."""
+    """The `n` windows over latents of `size`, row by row: upper left corners, and weights (n, h, w).
+
+    Of a clip they are boxes of frames too, with weights (n, f, h, w).
+    """
 
     size: Size
     window: Size
-    corners: tuple[tuple[int, int], ...]
+    corners: tuple[Size, ...]
     weights: Floats
 
     def __len__(self) -> int:
@@ -59,9 +65,15 @@ class Windows:
             blended[area] += weight * prediction
         return blended
 
-    def _areas(self) -> list[tuple[slice, slice, slice]]:
-        height, width = self.window
-        return [(slice(None), slice(y, y + height), slice(x, x + width)) for y, x in self.corners]
+    def _areas(self) -> list[tuple[slice, ...]]:
+        return [(slice(None), *area) for area in self.areas()]
+
+    def areas(self) -> list[tuple[slice, ...]]:
+        """Return the place of each window along every axis of a size."""
+        return [
+            tuple(slice(start, start + side) for start, side in zip(corner, self.window, strict=True))
+            for corner in self.corners
+        ]
 
 
 @lru_cache(64)
@@ -71,12 +83,16 @@ def windows_over(size: Size, window: Size) -> Windows:
     Raises:
         ValueError: the window is larger than the latent.
     """
-    if size[0] < window[0] or size[1] < window[1]:
-        raise ValueError(f"a latent of {size[0]}x{size[1]} has no window of {window[0]}x{window[1]}")
-    rows, columns = window_starts(size[0], window[0]), window_starts(size[1], window[1])
-    shares = [_shares(*lengths) for lengths in zip(size, window, strict=True)]  # (n_y, h), (n_x, w)
-    weights = np.einsum("ih,jw->ijhw", *shares).reshape(-1, *window)
-    return Windows(size, window, tuple((y, x) for y in rows for x in columns), weights.astype(np.float32))
+    if len(size) != len(window) or any(side < least for side, least in zip(size, window, strict=True)):
+        raise ValueError(f"a latent of {size_name(size)} has no window of {size_name(window)}")
+    lengths = list(zip(size, window, strict=True))
+    corners = tuple(product(*(window_starts(*sides) for sides in lengths)))
+    # (n_y, h) and (n_x, w) → (n_y·n_x, h·w).
+    weights = np.ones((1, 1))
+    for sides in lengths:
+        share = _shares(*sides)
+        weights = np.einsum("ip,jq->ijpq", weights, share).reshape(len(weights) * len(share), -1)
+    return Windows(size, window, corners, weights.reshape(-1, *window).astype(np.float32))
 
 
 def _shares(side: int, window: int) -> npt.NDArray[np.float64]:

@@ -6,6 +6,7 @@ micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,8 +88,8 @@ class BatchSource:
 
     def _check_memory(self) -> None:
         """Refuse a batch whose pictures and noise, as float32, exceed the memory of this machine."""
-        height, width = (max(side) for side in zip(*(data.size for _, data in self.stages), strict=True))
-        needed = 2 * 4 * self.config.batch * self.dataset.channels * height * width
+        largest = max(math.prod(data.size) for _, data in self.stages)
+        needed = 2 * 4 * self.config.batch * self.dataset.channels * largest
         memory = memory_bytes()
         if needed > memory:
             raise ValueError(

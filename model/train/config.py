@@ -18,6 +18,7 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.network_config import NetworkConfig, network_config
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.model.train.base_model import LowRankConfig, base_bundle, fields_of_base, in_classes_of
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
 from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
@@ -51,10 +52,10 @@ NetworkFields = Annotated[dict[str, Any], BeforeValidator(_named_network)]
 
 
 class TrainingStage(BaseModel):
-    """A part of a run at one picture size, a number or (H, W)."""
+    """A part of a run at one picture size, a number, (H, W), or (F, H, W) of clips."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    size: Annotated[tuple[Count, Count], BeforeValidator(_pair)]
+    size: Annotated[tuple[Count, Count] | tuple[Count, Count, Count], BeforeValidator(_pair)]
     steps: Count | None = None
     """None, in the last stage: to the end of the run."""
 
@@ -182,8 +183,9 @@ class TrainConfig(RunConfig):
                     f"accumulate {self.accumulate} does not fill a pipeline of {self.parallel.pipeline}: "
                     f"raise it to {self.parallel.pipeline} or more"
                 )
-        if self.compile and self.model.get("routing") == "token_choice":
-            raise ValueError("compile hides the routers that the balance of experts reads: leave it out")
+        balance = self.model.get("routing") == "token_choice" if self.balance is None else self.balance
+        if self.compile and self.model.get("experts") and balance:
+            raise ValueError("compile hides the routers that the balance of experts reads: leave out compile")
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
         if isinstance(self.distillation, ProgressiveDistillationConfig):
@@ -252,15 +254,25 @@ class TrainConfig(RunConfig):
             return dataset
         return in_classes_of(dataset, base_bundle(self.init).manifest.factors, self.data.path)
 
-    def stage_sizes(self, dataset: Dataset) -> list[tuple[int, tuple[int, int]]]:
-        """Return (first step after the stage, (H, W)) for every stage.
+    def stage_sizes(self, dataset: Dataset) -> list[tuple[int, Size]]:
+        """Return (first step after the stage, size) for every stage; clips keep their number of frames.
 
         Two stages of 3 and 9 steps at 4×4 and 8×8 give [(3, (4, 4)), (12, (8, 8))].
+
+        Raises:
+            ValueError: a stage has another first axis than the data.
         """
         if not self.stages:
             return [(self.steps, dataset.size)]
         ends = [sum(stage.steps or 0 for stage in self.stages[: k + 1]) for k in range(len(self.stages) - 1)]
-        return list(zip([*ends, self.steps], [stage.size for stage in self.stages], strict=True))
+        for stage in self.stages:
+            if stage.size[:-2] not in (dataset.size[:-2], ()):
+                raise ValueError(
+                    f"stages.size {size_name(stage.size)} has another first axis than the data, of "
+                    f"{size_name(dataset.size)}: give height and width alone"
+                )
+        sizes: list[Size] = [(*dataset.size[:-2], *stage.size[-2:]) for stage in self.stages]
+        return list(zip([*ends, self.steps], sizes, strict=True))
 
     def network_config(self, dataset: Dataset) -> NetworkConfig:
         """Return the configuration of the network: `model`, with the size, channels and classes of the data.

@@ -18,6 +18,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.sampling.sheet import sheet_labels, to_pixels
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.sizes import Size
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.load import SHEET_STEPS, run_defaults
@@ -55,7 +56,7 @@ class MemoryEstimate:
 class StageCost:
     """The cost of a stage: multiply-adds of a forward row, operations of a step, and measured speed."""
 
-    size: tuple[int, int]
+    size: Size
     steps: int
     macs: int
     step_flops: int

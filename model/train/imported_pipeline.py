@@ -87,12 +87,6 @@ def open_pipeline_decoder(bundle: Bundle, device: str | torch.device = "cpu") ->
     return opened
 
 
-def autoencoder_folder(model: Path, given: Path | None) -> Path | None:
-    """Return `given`, or else the autoencoder that the bundle of an imported DiT has from its pipeline."""
-    own = model / PIPELINE / VAE
-    return own if given is None and own.is_dir() else given
-
-
 @contextmanager
 def _opening(bundle: Bundle) -> Iterator[None]:
     try:

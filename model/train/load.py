@@ -192,10 +192,12 @@ def describe_run(
     return Manifest(
         name=name,
         version=f"0.{step}",
-        description=f"{kind} over {shape.image_size[0]}×{shape.image_size[1]} {values}",
+        description=f"{kind} over {'×'.join(map(str, shape.image_size))} {values}",
         config=shape,
         diffusion=config.diffusion,
         factors=dataset.factors,
+        first_axis=dataset.first_axis,
+        fps=dataset.fps,
         decoder=dataset.moments.index.decoder if isinstance(dataset, Latents) else "identity",
         latents=latents,
         embedding_size=shape.embedding_size,

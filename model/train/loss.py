@@ -51,8 +51,9 @@ FLOW_IMAGE_CAP = 400.0
 class RowNoise:
     """The noise of N rows, float32 on one device: the coefficients of each row at its own level.
 
-    `told` (N,) is what the network is told. x_0 = x0_x · x_t + x0_out · output, with coefficients
-    (N, 1, 1, 1). `weight` (N,) multiplies the squared error of the output. `sign` is that of the output.
+    `told` (N,) is what the network is told. x_0 = x0_x · x_t + x0_out · output, with coefficients (N,), which
+    `along_rows` spreads over the pixels. `weight` (N,) multiplies the squared error of the output. `sign` is
+    that of the output.
     """
 
     prediction: Prediction
@@ -65,12 +66,12 @@ class RowNoise:
     weight: Tensor
 
     def noisy(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return x_t (N, C, H, W) of pictures and noise of that shape."""
-        return add_noise(self.alpha, self.sigma, x0, noise)
+        """Return x_t (N, C, H, W) of pictures and noise of that shape, or that of clips."""
+        return add_noise(along_rows(self.alpha, x0), along_rows(self.sigma, x0), x0, noise)
 
     def image(self, x_t: Tensor, output: Tensor) -> Tensor:
         """Return the x_0 (N, C, H, W) that an output for `x_t` stands for."""
-        return self.x0_x * x_t + self.x0_out * output
+        return along_rows(self.x0_x, x_t) * x_t + along_rows(self.x0_out, x_t) * output
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +99,7 @@ class TrainingNoise:
             schedule.output_sign,
             told=self._rows(schedule.told(at)),
             weight=self._rows(np.maximum(weight, self.floor * x0_out**2)),
-            **{name: self._rows(column).view(-1, 1, 1, 1) for name, column in columns.items()},
+            **{name: self._rows(column) for name, column in columns.items()},
         )
 
     def _rows(self, column: npt.NDArray[Any]) -> Tensor:
@@ -198,7 +199,8 @@ def squared_error(row: RowNoise, output: Tensor, x0: Tensor, noise: Tensor) -> T
 
     `output` is (N, C or 2·C, H, W); its first C channels are the prediction.
     """
-    target = row.sign * training_target(row.prediction, row.alpha, row.sigma, x0, noise)
+    alpha, sigma = along_rows(row.alpha, x0), along_rows(row.sigma, x0)
+    target = row.sign * training_target(row.prediction, alpha, sigma, x0, noise)
     error = (output[:, : x0.shape[1]] - target).square().flatten(1).mean(1)  # (N,)
     return error * row.weight
 
@@ -214,14 +216,13 @@ def variational_term(
     """
     prediction, v = output[:, : x0.shape[1]].detach(), output[:, x0.shape[1] :]
     t = levels.long()
-    mean_x0, mean_x = per_row(tables.mean_x0, t), per_row(tables.mean_x, t)
-    low = per_row(tables.log_low, t)
+    mean_x0, mean_x = along_rows(tables.mean_x0[t], x0), along_rows(tables.mean_x[t], x0)
+    low = along_rows(tables.log_low[t], x0)
     mean = mean_x0 * row.image(x_t, prediction) + mean_x * x_t
-    log_variance = learned_log_variance(v, low, per_row(tables.log_high, t))
+    log_variance = learned_log_variance(v, low, along_rows(tables.log_high[t], x0))
     divergence = gaussian_kl(mean_x0 * x0 + mean_x * x_t, low, mean, log_variance)
     likelihood = pixel_log_likelihood(x0, mean, 0.5 * log_variance)
-    at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
-    return torch.where(at_zero, -likelihood, divergence).flatten(1).mean(1) / LN2
+    return torch.where(along_rows(t == 0, x0), -likelihood, divergence).flatten(1).mean(1) / LN2
 
 
 def gaussian_kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
@@ -244,6 +245,6 @@ def pixel_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return torch.where(x < -0.999, torch.special.log_ndtr(above), edges)
 
 
-def per_row(table: Tensor, index: Tensor) -> Tensor:
-    """Return a table's entries at indices (N,), shaped to broadcast against (N, C, H, W)."""
-    return table[index].view(-1, 1, 1, 1)
+def along_rows(column: Tensor, rows: Tensor) -> Tensor:
+    """Return a number for each row (N,), shaped to broadcast against rows of pictures or clips (N, C, …)."""
+    return column.view(-1, *[1] * (rows.ndim - 1))

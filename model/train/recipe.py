@@ -32,6 +32,7 @@ from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import bundle_name
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig, network_config
+from ditserve.model.spec.sizes import Size
 from ditserve.model.train.base_model import fields_of_base
 from ditserve.model.train.config import set_fields
 from ditserve.model.train.run_config import read_fields
@@ -146,30 +147,32 @@ class Recipe:
         value = self.fields.get(field, default)
         return value if isinstance(value, int) and value > 0 else default
 
-    def _choose_data(self, data: DataConfig) -> tuple[int, int]:
-        """Choose the picture size, and how many unreadable pictures may be left out. Return (H, W)."""
+    def _choose_data(self, data: DataConfig) -> Size:
+        """Choose the size, and how many unreadable pictures may be left out. Return the size."""
         broken, sizes = self.source.broken, self.source.sizes
         if len(broken) <= max(1, BROKEN * self.count):
             reason = f"cannot be read: {broken[0]}" if broken else "all can be read"
             self.choose("data.corrupt_limit", len(broken), reason)
         own = next(iter(sizes))
         if data.size is not None:
-            return (data.size, data.size) if isinstance(data.size, int) else data.size
+            return data.size_of(self.source)
         if self.latents or (len(sizes) == 1 and self._is_small(own)):
             return own
-        shorter = sorted(min(size) for size, number in sizes.items() for _ in range(number))
+        shorter = sorted(min(size[-2:]) for size, number in sizes.items() for _ in range(number))
         most = shorter[len(shorter) // 4]
         side = max((side for side in SIDES[self.device] if side <= most), default=SIDES[self.device][0])
         self.choose("data.size", side, f"most pictures have {most} pixels or more; the rest is cropped")
-        return side, side
+        return (*own[:-2], side, side)
 
-    def _is_small(self, size: tuple[int, int]) -> bool:
+    def _is_small(self, size: Size) -> bool:
         """Return True for a size that the network given, or one of few tokens, takes as it is."""
         shape = self.fields.get("model")
         patch = shape.get("patch_size") if isinstance(shape, dict) else None
         patch = patch if isinstance(patch, int) and patch > 0 else patch_size(size, TOKENS[self.device])
-        fits = size[0] % patch == size[1] % patch == 0
-        return fits and max(size) <= SIDES[self.device][-1] and _tokens(size, patch) <= TOKENS[self.device]
+        fits = size[-2] % patch == size[-1] % patch == 0
+        return (
+            fits and max(size[-2:]) <= SIDES[self.device][-1] and _tokens(size, patch) <= TOKENS[self.device]
+        )
 
     def _choose_network(self) -> None:
         """Choose the largest network that has time enough to learn, and the number of steps."""
@@ -253,14 +256,14 @@ def images_per_s(config: NetworkConfig, batch: int, device: str) -> float:
     return done * batch / (time.perf_counter() - began)
 
 
-def patch_size(size: tuple[int, int], tokens: int) -> int:
+def patch_size(size: Size, tokens: int) -> int:
     """Return the smallest patch up to 8 that cuts a size into at most `tokens`; else the largest."""
-    fitting = [patch for patch in range(1, 9) if math.gcd(*size) % patch == 0]
+    fitting = [patch for patch in range(1, 9) if math.gcd(*size[-2:]) % patch == 0]
     return next((patch for patch in fitting if _tokens(size, patch) <= tokens), fitting[-1])
 
 
-def _tokens(size: tuple[int, int], patch: int) -> int:
-    return (size[0] // patch) * (size[1] // patch)
+def _tokens(size: Size, patch: int) -> int:
+    return math.prod(size[:-2]) * (size[-2] // patch) * (size[-1] // patch)
 
 
 def recipe_table(choices: Sequence[Choice]) -> Table:

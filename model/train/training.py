@@ -165,6 +165,6 @@ def draw_sample_sheet(trainer: Trainer) -> dict[str, float]:
                 clip_x0=config.diffusion.clip_x0,
             )
         if trainer.decoder is not None:
-            sheet = draw_sheet(samples, trainer.decoder, trainer.dataset.factors)
+            sheet = draw_sheet(samples, trainer.decoder, trainer.dataset.factors, trainer.dataset.fps)
             sheet.save(config.output / f"sheet-{step:07d}.png")
     return signals.figures()

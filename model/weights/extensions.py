@@ -173,7 +173,7 @@ class _Folding:
         if side * side != tokens or head_size % 4:
             raise WeightsError(f"{_COS} is {tokens} × {head_size}: it must be of a square of tokens")
         rounding = max(1e-4, torch.finfo(cos.dtype).eps)
-        tables = rotary_tables(head_size, side, side)
+        tables = rotary_tables(head_size, (side, side))
         for name, theirs, ours in zip((_COS, _SIN), (cos, sin), tables, strict=True):
             doubled = ours.repeat_interleave(2, dim=1)
             if theirs.shape != cos.shape or not torch.allclose(theirs.float(), doubled, atol=rounding):

@@ -95,7 +95,7 @@ def from_official(
 
 def without_variance(weights: Weights, config: DiTConfig) -> tuple[Weights, DiTConfig]:
     """Return the weights of the same prediction without the second half of the output channels."""
-    kept, rows = dict(weights), config.patch_size**2
+    kept, rows = dict(weights), math.prod(config.patch)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         # Rows are laid out (P, P, C_out).
         by_channel = weights[name].unflatten(0, (rows, 2 * config.in_channels))

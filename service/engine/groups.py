@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ditserve.model.spec.windows import Size
+from ditserve.model.spec.sizes import Size
 from ditserve.service.engine.latent_pool import Floats, LatentPool
 from ditserve.service.engine.resident_pool import ResidentPool
 from ditserve.service.engine.samples import Sample
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class GroupKey(NamedTuple):
-    """The height and width of a group's rows, the name of their backbone, whether they are on the device."""
+    """The size of a group's rows, the name of their backbone, and whether they are on the device."""
 
     size: Size
     backbone: str = ""

@@ -14,7 +14,7 @@ from ditserve.service.engine.latent_pool import Floats
 class ResidentPool:
     """The slots of the samples of the bundle's own size, and where the newest estimate of each lies."""
 
-    def __init__(self, rows: ResidentRows, slots: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, rows: ResidentRows, slots: int, shape: tuple[int, ...]) -> None:
         self.rows, self.slots, self.shape = rows, slots, shape
         self._free = list(range(slots))[::-1]
         self.newest = 2 * np.arange(slots)

@@ -4,6 +4,7 @@ It drains on SIGTERM and reads its bundles again on SIGHUP.
 """
 
 import asyncio
+import gc
 import resource
 import signal
 import socket
@@ -57,6 +58,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # What is there now stays. Looking through it again and again took a seventh of the time of requests.
+        gc.collect()
+        gc.freeze()
         if self.started:
             on_hang_up(self._reload, stop=lambda: self.handle_exit(signal.SIGTERM, None))
             if self._check is not None:

@@ -168,10 +168,15 @@ def _says_nothing(result: asyncio.Task[JobResult]) -> bool:
     return not result.cancelled() and isinstance(result.exception(), QueueUnavailable)
 
 
-# A coroutine, because FastAPI would run a plain function in another thread.
-async def _context(request: Request) -> Context:
+def context_of(request: Request) -> Context:
+    """Return the state of the process that serves a request."""
     context: Context = request.app.state.context
     return context
+
+
+# A coroutine, because FastAPI would run a plain function in another thread.
+async def _context(request: Request) -> Context:
+    return context_of(request)
 
 
 Api = Annotated[Context, Depends(_context)]

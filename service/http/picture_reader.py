@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from ditserve.model.spec.windows import Size
+from ditserve.model.spec.sizes import Size
 from ditserve.service.errors import PayloadTooLarge, TooManyUploads
 from ditserve.service.http.operating_point import field_error
 from ditserve.service.http.pictures import UnusablePicture, read_mask, read_picture

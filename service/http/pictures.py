@@ -26,7 +26,7 @@ from typing import Final
 import numpy as np
 from PIL import ExifTags, Image
 
-from ditserve.model.spec.windows import Size
+from ditserve.model.spec.sizes import Size
 from ditserve.service.source_picture import Pixels
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")

@@ -13,7 +13,9 @@ JSON, FORM = "application/json", "multipart/form-data"
 
 def pattern(routes: Sequence[BaseRoute], scope: Scope) -> str:
     """Return the pattern of the path of a request, `UNMATCHED` if there is no such path."""
-    return next((getattr(route, "path", UNMATCHED) for route in _of_path(routes, scope)), UNMATCHED)
+    # A request that got as far as its route need not be matched again.
+    route = scope.get("route") or next(_of_path(routes, scope), None)
+    return getattr(route, "path", UNMATCHED)
 
 
 def media_types(routes: Sequence[BaseRoute], scope: Scope) -> tuple[str, ...]:

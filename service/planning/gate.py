@@ -68,16 +68,20 @@ class Gate:
         """
         margin = self._caution.margin(now)
         limit_s = (inf if request.deadline_at is None else request.deadline_at - now) / margin
-        cut = admission.degraded or not admission.accepted
-        below = self._ladder.below(request.rung, request.consent) if cut and request.allow_degraded else ()
-        capacity = Capacity(load)
-        for rung in (request.rung, *below):
-            rows, steps = request.rows(self._ladder, rung), rung.walked
-            if not cut:
-                break
-            idle_s = capacity.time_in_every_batch(rows=rows, steps=steps, samples=request.samples, idle=True)
-            if idle_s <= limit_s:
-                break
+        rung = request.rung
+        if admission.degraded or not admission.accepted:
+            below = self._ladder.below(rung, request.consent) if request.allow_degraded else ()
+            capacity = Capacity(load)
+            for rung in (request.rung, *below):
+                idle_s = capacity.time_in_every_batch(
+                    rows=request.rows(self._ladder, rung),
+                    steps=rung.walked,
+                    samples=request.samples,
+                    idle=True,
+                )
+                if idle_s <= limit_s:
+                    break
+        rows = request.rows(self._ladder, rung)
         return worker_seconds(load, rows, limit_s / rung.walked)
 
     def _learn(self, load: LoadSnapshot, now: float) -> None:

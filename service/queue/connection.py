@@ -24,6 +24,7 @@ from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -149,6 +150,13 @@ class _Pool(BlockingConnectionPool):
     """
 
     _closed = False
+    _serializer = HiredisRespSerializer()
+
+    def make_connection(self) -> AbstractConnection:
+        connection: AbstractConnection = super().make_connection()  # type: ignore[no-untyped-call]
+        # Asyncio connections pack in Python otherwise, one after the other the forty arguments of a script.
+        connection.pack_command = self._serializer.pack  # type: ignore[assignment,method-assign]
+        return connection
 
     async def release(self, connection: AbstractConnection) -> None:
         if self._closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import secrets
 import socket
@@ -192,6 +193,9 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             backend, engine = backends[""], build_engine(backends, settings, embeddings)
             report("warming up")
             await asyncio.to_thread(_warm_up, engine, backend)
+            # What is there now stays, and need not be looked through again and again.
+            gc.collect()
+            gc.freeze()
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
         identity = worker_identity(name, model, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ def test_above_capacity_beside_neighbours_promises_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "promises.md"
-    machine = ["--workers=1", "--neighbours=2", "--loads=3", "--seconds=5", "--deadline-s=2", "--steps=25"]
-    assert promises.main([*machine, f"--report={written}"]) == 0
+    machine = ["--workers=1", "--neighbours=2", "--loads=3", "--seconds=3", "--deadline-s=2", "--steps=25"]
+    assert promises.main([*machine, "--seeds", "1", "2", f"--report={written}"]) == 0
     out, text = capsys.readouterr().out, written.read_text()
     assert out.endswith(text + "\n")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1 ")]
@@ -45,3 +46,5 @@ def test_a_cell_counts_what_was_accepted_and_what_was_in_time() -> None:
     assert cell.used == pytest.approx(125 / 250)
     assert cell.degraded == pytest.approx(1 / 4)
     assert cell.taken_on_return == 0.5
+    twice = replace(cell, outcomes=2 * outcomes, runs=2)
+    assert (twice.broken, twice.in_time_per_s, twice.used) == (cell.broken, cell.in_time_per_s, cell.used)

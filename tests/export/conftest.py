@@ -9,7 +9,7 @@ import pytest
 
 from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.module import TensorRt, load_trt
-from tests.export.tiny import cached_full_bundle, cached_tiny_bundle
+from tests.export.tiny import cached_clip_bundle, cached_full_bundle, cached_tiny_bundle
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +39,10 @@ def rtx() -> TensorRt:
         return load_trt("tensorrt_rtx")
     except ExportError as error:
         pytest.skip(f"no TensorRT-RTX here: {error}")
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(pytestconfig: pytest.Config) -> Path:
+    """Return an exported bundle that draws clips; tests must not write into it."""
+    assert pytestconfig.cache is not None
+    return cached_clip_bundle(Path(pytestconfig.cache.mkdir("bundles")))

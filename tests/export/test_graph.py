@@ -17,16 +17,23 @@ from onnx import TensorProto, helper, numpy_helper
 from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.decoder import check_decoder, write_decoder
 from ditserve.export.errors import ExportError
-from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
+from ditserve.export.graph import SIDES, _transpose_narrow_convolutions, backbone_graph
 from ditserve.export.graph_files import write_graphs
 from ditserve.export.half import half_network
 from ditserve.export.parity import expected_outputs, verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
+from ditserve.model.nets.autoencoder import autoencoder_folder, fingerprint, open_decoder
 from ditserve.model.nets.factory import NetworkConfig
-from ditserve.model.spec.bundle import DECODER, ENCODER
+from ditserve.model.nets.small_autoencoder import (
+    SmallAutoencoder,
+    SmallAutoencoderConfig,
+    save_small_autoencoder,
+)
+from ditserve.model.spec.bundle import DECODER, ENCODER, MANIFEST, parse_manifest, write_manifest
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
 from ditserve.model.spec.manifest import LatentSpec
+from ditserve.model.spec.network_config import size_multiples
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import tiny_source
 
@@ -75,6 +82,19 @@ OPTIONS: dict[str, NetworkConfig] = {
         shared_modulation=True,
     ),
     "U-Net": UNET,
+    "clips, space and time": replace(
+        PLAIN, image_size=(4, 8, 12), attention=("space", "time"), rope=True, head_channels=6
+    ),
+    "clips, local attention": replace(
+        PLAIN,
+        image_size=(4, 16, 16),
+        depth=3,
+        num_heads=3,
+        hidden_size=24,
+        attention=("window:2+1", "neighbourhood:1", "axial"),
+        levels=(0, 0, 1),
+        conv_mlp=True,
+    ),
 }
 
 
@@ -91,8 +111,9 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     assert ("embedder.onnx" in bands) is conditional
     assert any(name.startswith("backbone.onnx at ") for name in bands) is free
     backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph
-    multiple = config.size_multiple if isinstance(config, DiTConfig) else 2
-    sides = [f"{multiple}*rows", f"{multiple}*columns"] if free else list(config.image_size)
+    multiples = size_multiples(config) or ()
+    named = zip(multiples, SIDES[-len(multiples) :], strict=True)
+    sides = [f"{part}*{side}" if part > 1 else side for part, side in named] if free else [*config.image_size]
     shape = backbone.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]
     doubles = [tensor.name for tensor in backbone.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]
@@ -195,3 +216,29 @@ def test_a_model_of_one_channel_cannot_go_without_a_decoder() -> None:
     source = tiny_source(replace(PLAIN, in_channels=1))
     with pytest.raises(ExportError, match=r"makes 1 channels, not red, green and blue: .* --vae"):
         check_decoder(source.manifest)
+
+
+def test_a_small_autoencoder_comes_along_for_what_draws_with_torch(tmp_path: Path) -> None:
+    sizes = SmallAutoencoderConfig(latent_channels=4, widths=(16,), blocks=(1,))
+    folder, bundle = tmp_path / "small", tmp_path / "bundle"
+    for made in (folder, bundle):
+        made.mkdir()
+    save_small_autoencoder(folder, SmallAutoencoder(sizes), {})
+    spec = LatentSpec(shift=(0.0,) * 4, scale=(1.0,) * 4, factor=2)
+    update = {"decoder": "small", "latents": spec, "config": replace(PLAIN, in_channels=4)}
+    latent = tiny_source(PLAIN).manifest.model_copy(update=update)
+    write_decoder(latent, bundle, vae=folder)
+    own = autoencoder_folder(bundle, None)
+    assert own is not None
+    assert fingerprint(own) == fingerprint(folder)
+    write_manifest(bundle, latent)
+    listed = parse_manifest((bundle / MANIFEST).read_bytes(), bundle).files
+    assert {f"autoencoder/{file.name}" for file in folder.iterdir()} == {
+        name for name in listed if "/" in name
+    }
+    assert open_decoder(latent, own).factor == 2
+    # The graphs hold no second copy of its weights.
+    for name in (DECODER, ENCODER):
+        tensors = onnx.load(bundle / name, load_external_data=False).graph.initializer
+        assert any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors)
+        assert all(len(tensor.raw_data) < 1024 for tensor in tensors)

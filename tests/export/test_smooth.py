@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,29 @@ def answer(source: LoadedModel, rows: CalibrationRows) -> torch.Tensor:
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_a_smoothed_model_is_the_same_function(blocks: tuple[BlockKind, ...], swiglu: bool) -> None:
     source = tiny_source(replace(CONFIG, blocks=blocks, swiglu=swiglu, rms_norm=swiglu))
+    rows = rows_of(source)
+    other = LoadedModel(smooth(source.dit, input_peaks(source.dit, rows), 0.5), source.manifest)
+    before, after = parameters(source.dit), parameters(other.dit)
+    assert not torch.equal(after["blocks.0.attn.proj.weight"], before["blocks.0.attn.proj.weight"])
+    torch.testing.assert_close(answer(other, rows), answer(source, rows), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "depth": 6,
+            "attention": ("window:2+1", "neighbourhood:1", "axial", "low_rank:3", "linear", "channel"),
+            "levels": (0, 0, 0, 1, 1, 0),
+            "conv_mlp": True,
+        },
+        {"experts": 4, "shared_expert": True, "condition_gate": True},
+        {"shared_modulation": True},
+    ],
+)
+def test_a_smoothed_variant_is_the_same_function(changes: dict[str, Any]) -> None:
+    """What mixes values over tokens is smoothed; what mixes channels, or shares a modulation, is not."""
+    source = tiny_source(replace(CONFIG, **changes))
     rows = rows_of(source)
     other = LoadedModel(smooth(source.dit, input_peaks(source.dit, rows), 0.5), source.manifest)
     before, after = parameters(source.dit), parameters(other.dit)

@@ -45,7 +45,7 @@ class Operation(nn.Module):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_translation_computes_the_same(name: str) -> None:
     module = Operation(name)
-    spec = _GraphSpec(module, {"x": torch.randn(2, 3, 4, 6)}, ("y",), sides=1, strict=False)
+    spec = _GraphSpec(module, {"x": torch.randn(2, 3, 4, 6)}, ("y",), sides=(1, 1), strict=False)
     graph = _export(spec).SerializeToString()
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for batch, height, width in ((3, 5, 4), (1, 2, 7)):

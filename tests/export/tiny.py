@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,11 @@ CONFIG = DiTConfig(
 )
 
 
+CLIPS = replace(
+    CONFIG, image_size=(4, 16, 16), layout_rank=0, hidden_size=24, attention=("space", "time"), rope=True
+)
+
+
 def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
     """Return a DiT of random weights."""
     network = tiny_network(config, seed=seed)
@@ -77,6 +83,8 @@ def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> LoadedModel
             Factor(name=n, classes=w[:count])
             for n, w, count in zip(names, words, config.classes, strict=False)
         ),
+        first_axis="frames" if len(config.image_size) == 3 else None,
+        fps=8.0 if len(config.image_size) == 3 else None,
         embedding_size=config.hidden_size,
         state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
         defaults=DEFAULTS,
@@ -101,6 +109,16 @@ def cached_tiny_bundle(cache: Path) -> Path:
         )
 
     return cached(cache, "tiny", make)
+
+
+def cached_clip_bundle(cache: Path) -> Path:
+    """Return the folder of a bundle of random weights that draws clips of four frames, eight in a second."""
+
+    def make(folder: Path) -> None:
+        settings = TrajectorySettings(samples=2, steps=4)
+        export_bundle(tiny_source(CLIPS), folder, ExportOptions(half="none", trajectories=settings))
+
+    return cached(cache, "clips", make)
 
 
 def cached_full_bundle(cache: Path) -> Path:

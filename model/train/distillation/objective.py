@@ -21,7 +21,7 @@ from ditserve.model.train.distillation.config import OutputDistillationConfig
 from ditserve.model.train.distillation.features import FeatureMatch
 from ditserve.model.train.distillation.progressive import ProgressiveDistillation
 from ditserve.model.train.distillation.teacher import Teacher, fingerprint, open_teacher
-from ditserve.model.train.loss import RowNoise, squared_error
+from ditserve.model.train.loss import RowNoise, along_rows, squared_error
 
 
 class DistillationObjective(Protocol):
@@ -109,7 +109,7 @@ def distillation_loss(
     auxiliary losses.
     """
     image = objective.target(batch, x_t)
-    noise = (x_t - row.alpha * image) / row.sigma
+    noise = (x_t - along_rows(row.alpha, x_t) * image) / along_rows(row.sigma, x_t)
     error = squared_error(row, output, image, noise).mean()
     total, terms = objective.weight * error + (1.0 - objective.weight) * data_loss, {"teacher": error}
     for name, (weight, value) in objective.auxiliary_losses().items():

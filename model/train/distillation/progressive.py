@@ -23,7 +23,7 @@ from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.teacher import Teacher, fingerprint
 from ditserve.model.train.loaded_model import LoadedModel
-from ditserve.model.train.loss import per_row
+from ditserve.model.train.loss import along_rows
 
 
 class DdimSteps:
@@ -39,7 +39,7 @@ class DdimSteps:
 
     def advance(self, x: Tensor, image: Tensor, number: Tensor) -> Tensor:
         """Return x after the steps `number` (N,), with the image D estimated in it; both are (N, C, H, W)."""
-        return per_row(self.a, number) * x + per_row(self.b, number) * image
+        return along_rows(self.a[number], x) * x + along_rows(self.b[number], x) * image
 
     def number_at(self, levels: Tensor) -> Tensor:
         """Return the number (N,) of the step that each of the levels (N,) lies in: its start or below it."""
@@ -47,7 +47,7 @@ class DdimSteps:
 
     def image_between(self, x: Tensor, after: Tensor, number: Tensor) -> Tensor:
         """Return the image with which one step leads from `x` to `after` (arXiv:2202.00512, algorithm 2)."""
-        return (after - per_row(self.a, number) * x) / per_row(self.b, number)
+        return (after - along_rows(self.a[number], x) * x) / along_rows(self.b[number], x)
 
 
 class ProgressiveDistillation:

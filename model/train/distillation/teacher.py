@@ -18,7 +18,7 @@ from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
-from ditserve.model.train.loss import TrainingNoise
+from ditserve.model.train.loss import TrainingNoise, along_rows
 from ditserve.model.train.optimizer import autocast
 
 
@@ -51,7 +51,7 @@ class Teacher:
             weight = [
                 guidance_weight(self.scale, level, self.noise.schedule, self.interval) for level in t.tolist()
             ]
-            weights = torch.tensor(weight, device=x.device).view(-1, 1, 1, 1)
+            weights = along_rows(torch.tensor(weight, device=x.device), x)
             output = guided(output, unconditional, weights, self.channels or x.shape[1])
         prediction: Tensor = output[:, : x.shape[1]].float()
         return row.image(x, prediction)

@@ -1,18 +1,20 @@
 """`POST /generate`: draw images, and wait for them or not."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
+from ditserve.service.formats import CONTENT_TYPES
 from ditserve.service.http.answer_schemas import CallbackOut, GenerateResponse, JobOut
 from ditserve.service.http.answers import negotiate, render
-from ditserve.service.http.body_reader import body_of
+from ditserve.service.http.body_reader import read_body
 from ditserve.service.http.context import Context
-from ditserve.service.http.intake import RequestIntake, replay_headers
+from ditserve.service.http.intake import Intake, replay_headers
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, problem_responses, request_body
 from ditserve.service.http.operating_point import field_error
+from ditserve.service.http.request_headers import IDEMPOTENCY_KEY, PREFER, header_parameters
 from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.routes.jobs import describe, links
 from ditserve.service.http.routing import FORM, JSON
@@ -22,7 +24,7 @@ from ditserve.service.http.submission import Submission
 router = APIRouter()
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_IMAGES = {f"image/{name}": _BINARY for name in ("png", "webp", "jpeg")} | {"multipart/mixed": _BINARY}
+_FILES = dict.fromkeys((*CONTENT_TYPES.values(), "multipart/mixed"), _BINARY)
 _ERRORS = problem_responses(*BODY, NotAcceptable, *SUBMIT, *ENDED)
 
 
@@ -30,23 +32,18 @@ _ERRORS = problem_responses(*BODY, NotAcceptable, *SUBMIT, *ENDED)
     "/generate",
     tags=["images"],
     summary="Generate images",
-    openapi_extra=request_body(GenerateRequest, JSON, FORM),
+    openapi_extra=request_body(GenerateRequest, JSON, FORM) | header_parameters(PREFER, IDEMPOTENCY_KEY),
     response_model=GenerateResponse,
     responses={
         200: {
-            "content": _IMAGES,
+            "content": _FILES,
             "description": "The images, as `Accept` asks: JSON, one file, or multipart.",
         },
         202: {"model": JobOut, "description": "Queued, as `Prefer: respond-async` asks; see `Location`."},
         **_ERRORS,
     },
 )
-async def generate(
-    body: Annotated[GenerateRequest, Depends(body_of(GenerateRequest))],
-    request: Request,
-    intake: RequestIntake,
-    prefer: Annotated[str | None, Header(max_length=200)] = None,
-) -> Response:
+async def generate(request: Request) -> Response:
     """Draw images and wait for them. If the client goes away meanwhile, the job is cancelled.
 
     A picture to start from is a data URL in `image`, or a file of that name in a form. The other fields are
@@ -58,9 +55,11 @@ async def generate(
     409, afterwards it gets the images of the first. Such a job is not cancelled when the client goes away, so
     that the client can come back for it.
     """
-    respond_async = _responds_async(prefer)
-    representation = negotiate("application/json" if respond_async else request.headers.get("accept"), body)
+    body, intake = await read_body(request, GenerateRequest), Intake.of(request)
+    respond_async = _responds_async(PREFER.of(request))
     model = intake.api.model(body.model)
+    accept = "application/json" if respond_async else request.headers.get("accept")
+    representation = negotiate(accept, body, await model.written_formats(body.format))
     sharing: Sharing = "done" if respond_async else "running"
     if body.callback_url is not None:
         if not respond_async:
@@ -68,7 +67,7 @@ async def generate(
         # The job of another request has the address of that request.
         sharing = "none"
     submission = await intake.submit(
-        model, body, body=body, image_format=representation.format, sharing=sharing
+        model, body, body=body, media_format=representation.format, sharing=sharing
     )
     if respond_async:
         return await _accepted(submission, intake.api)

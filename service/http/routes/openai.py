@@ -1,14 +1,14 @@
 """The image API that OpenAI's clients speak: `POST /v1/images/…` and `GET /v1/models`."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ditserve.service.errors import ModelNotFound, QuotaExceeded
-from ditserve.service.http.body_reader import body_of
+from ditserve.service.http.body_reader import read_body
 from ditserve.service.http.context import Api
-from ditserve.service.http.intake import RequestIntake
+from ditserve.service.http.intake import Intake
 from ditserve.service.http.openai_drawing import drawn
 from ditserve.service.http.openai_schemas import (
     EditRequest,
@@ -20,6 +20,7 @@ from ditserve.service.http.openai_schemas import (
     VariationRequest,
 )
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses, request_body
+from ditserve.service.http.request_headers import IDEMPOTENCY_KEY, header_parameters
 from ditserve.service.http.routing import FORM
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -37,14 +38,15 @@ _IMAGES: dict[int | str, dict[str, Any]] = {
     summary="Generate images, as OpenAI's clients ask",
     response_model=ImagesResponse,
     responses=_IMAGES,
+    openapi_extra=header_parameters(IDEMPOTENCY_KEY),
 )
-async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
+async def generations(body: ImagesRequest, request: Request) -> Response:
     """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
     may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
     wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
     itself. In place of a prompt a `condition` may say it, or several, as `POST /generate` takes them. An
     `Idempotency-Key` works as for `POST /generate`."""
-    return await drawn(body, intake)
+    return await drawn(body, Intake.of(request))
 
 
 @router.post(
@@ -52,14 +54,12 @@ async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
     summary="Edit a picture, as OpenAI's clients ask",
     response_model=ImagesResponse,
     responses=_IMAGES,
-    openapi_extra=request_body(EditRequest, FORM),
+    openapi_extra=request_body(EditRequest, FORM) | header_parameters(IDEMPOTENCY_KEY),
 )
-async def edits(
-    body: Annotated[EditRequest, Depends(body_of(EditRequest))], intake: RequestIntake
-) -> Response:
+async def edits(request: Request) -> Response:
     """Repaint a picture as a prompt says, or the part of it that is transparent in `mask`. The rest is as for
     generations; `strength` is an extension."""
-    return await drawn(body, intake)
+    return await drawn(await read_body(request, EditRequest), Intake.of(request))
 
 
 @router.post(
@@ -67,13 +67,11 @@ async def edits(
     summary="Vary a picture, as OpenAI's clients ask",
     response_model=ImagesResponse,
     responses=_ERRORS | openai_error_responses(*BODY, *SUBMIT, *ENDED),
-    openapi_extra=request_body(VariationRequest, FORM),
+    openapi_extra=request_body(VariationRequest, FORM) | header_parameters(IDEMPOTENCY_KEY),
 )
-async def variations(
-    body: Annotated[VariationRequest, Depends(body_of(VariationRequest))], intake: RequestIntake
-) -> Response:
+async def variations(request: Request) -> Response:
     """Draw pictures like another one, without a prompt. The model must draw without a condition, too."""
-    return await drawn(body, intake)
+    return await drawn(await read_body(request, VariationRequest), Intake.of(request))
 
 
 @router.get("/models", summary="Models, as OpenAI's clients list them")

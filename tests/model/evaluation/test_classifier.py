@@ -177,5 +177,12 @@ def test_a_folder_without_a_whole_classifier_is_refused(trained: Classifier, tmp
 
 
 def test_pictures_of_another_size_are_refused(trained: Classifier) -> None:
-    with pytest.raises(ClassifierError, match="reads pictures of 16×16, these are 8×8"):
-        classify(trained, torch.zeros(1, 3, 8, 8))
+    for height, width in ((8, 8), (24, 24), (32, 16)):
+        with pytest.raises(ClassifierError, match=f"reads pictures of 16×16, not {height}×{width}"):
+            classify(trained, torch.zeros(1, 3, height, width))
+
+
+def test_pictures_of_a_multiple_of_its_size_are_averaged(trained: Classifier) -> None:
+    small = torch.rand(2, 3, 16, 16) * 2 - 1
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(classify(trained, large).logits[0], classify(trained, small).logits[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from ditserve.model.evaluation.picture_sets import (
     choose_rows,
     generate,
     open_data,
+    picture_size,
     real_pictures,
     round_to_8_bits,
     told,
 )
-from ditserve.model.nets.autoencoder import Identity
+from ditserve.model.nets.autoencoder import Identity, PictureDecoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.bundle import Bundle, write_manifest
@@ -149,6 +151,18 @@ def test_real_pictures_equal_the_data_bit_for_bit(bundle: Path, data: Path) -> N
         drawn = arrays["x"][[4, 2]]
     assert np.array_equal(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), drawn)
     assert list(real_pictures(dataset, Identity(), [])) == []
+
+
+def test_a_model_on_latents_is_compared_with_the_pictures_themselves(bundle: Path, data: Path) -> None:
+    opened = load_model(bundle)
+    latent = replace(opened, manifest=opened.manifest.model_copy(update={"decoder": "sd-vae"}))
+    assert picture_size(latent) == (64, 64)
+    with pytest.raises(DataError, match=r"drawn\.npz holds pictures and the model denoises latents"):
+        open_data(latent, data)
+    dataset = open_data(latent, data, pictures=True)
+    # A decoder would be asked for more than it can do.
+    (pictures,) = real_pictures(dataset, cast(PictureDecoder, None), [4, 2])
+    assert pictures.shape == (2, 3, 64, 64)
 
 
 def test_a_model_is_told_what_the_plan_says(tmp_path: Path, data: Path) -> None:

@@ -203,7 +203,10 @@ def test_merged_tokens_are_computed_with_the_destination_that_they_are_most_like
         ({"attention": "window:4+4"}, "shifts its windows by their side or more"),
         ({"attention": "window:3"}, "image_size 4x8 is not divisible by the side of windows"),
         ({"attention": ("full", "linear")}, "attention must be one value, or one per block for depth 1"),
-        ({"attention": "axial", "num_heads": 1}, "attention axial needs an even num_heads"),
+        (
+            {"attention": "axial", "num_heads": 1},
+            "attention axial over 2 axes needs num_heads divis",
+        ),
         ({"attention": "linear", "rope": True}, "attention linear cannot take rope"),
         ({"levels": (2,)}, "must begin and end at 0 or 1"),
         ({"levels": (1,), "attention": "window:4"}, "not divisible by .*8"),
@@ -220,7 +223,7 @@ def test_a_network_that_cannot_be_is_refused(changes: dict[str, object], sentenc
 
 def test_sizes_that_windows_and_levels_cannot_cut_are_refused() -> None:
     shape = replace(config("window:2"), depth=1, levels=(1,))
-    assert (shape.token_multiple, shape.size_multiple) == (4, 4)
+    assert (shape.token_multiples, shape.size_multiples) == ((4, 4), (4, 4))
     with pytest.raises(ValueError, match="size 4x6 is not a multiple of 4, which the windows or levels"):
         DiT(shape)(torch.zeros(1, 3, 4, 6), torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))
 

@@ -241,7 +241,7 @@ def test_non_square_training_size(tiny: Tiny, network: Make) -> None:
     x, t, labels, _ = inputs(config)
     dit = network(config)
     assert dit(x, t, labels).shape == (4, 3, 4, 12)
-    assert torch.equal(dit.pos_embed, sincos_positions(32, 2, 6))
+    assert torch.equal(dit.pos_embed, sincos_positions(32, (2, 6)))
 
 
 def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
@@ -268,8 +268,8 @@ def test_symbolic_positions_are_the_same_numbers_with_the_same_weights(tiny: Tin
 
 def test_larger_sizes_are_interpolated_into_the_base(tiny: Tiny, network: Make) -> None:
     dit = network()
-    assert torch.equal(dit.positions(8, 4), sincos_positions(32, 8, 4, (0.5, 1.0)))
-    assert torch.equal(dit.positions(2, 3), sincos_positions(32, 2, 3))
+    assert torch.equal(dit.positions((8, 4)), sincos_positions(32, (8, 4), (0.5, 1.0)))
+    assert torch.equal(dit.positions((2, 3)), sincos_positions(32, (2, 3)))
     # Training goes on at 16×16: the table of the new model is the interpolated one, the function is the same.
     grown = DiT(tiny(image_size=(16, 16), base_size=(8, 8))).eval()
     grown.load_state_dict(dit.state_dict())
@@ -425,7 +425,7 @@ def test_rotary_tables_of_other_sizes_do_not_pile_up(tiny: Tiny, network: Make) 
     h = torch.zeros(1, 1, 1)
 
     def tables(rows: int) -> Tensor:
-        found = dit.rotary(rows, 4, h.expand(1, rows * 4, 1))
+        found = dit.rotary((rows, 4), h.expand(1, rows * 4, 1))
         assert found is not None
         return found[0]
 

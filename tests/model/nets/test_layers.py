@@ -53,7 +53,7 @@ def reference_positions(width: int, rows: int, columns: int, scale: tuple[float,
     scale=st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)),
 )
 def test_positions_are_the_formula(quarter: int, rows: int, columns: int, scale: tuple[float, float]) -> None:
-    table = sincos_positions(4 * quarter, rows, columns, scale)
+    table = sincos_positions(4 * quarter, (rows, columns), scale)
     assert table.dtype == torch.float32
     np.testing.assert_allclose(
         table.numpy(), reference_positions(4 * quarter, rows, columns, scale), atol=1e-7
@@ -61,7 +61,7 @@ def test_positions_are_the_formula(quarter: int, rows: int, columns: int, scale:
 
 
 def test_positions_put_the_column_first() -> None:
-    table = sincos_positions(8, 2, 2)
+    table = sincos_positions(8, (2, 2))
     np.testing.assert_allclose(
         table[1], [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01), 0, 0, 1, 1]
     )
@@ -129,7 +129,7 @@ def test_softmax_is_fp32(dtype: torch.dtype) -> None:
 
 def test_rotation_by_relative_position() -> None:
     """The scores of rotated queries and keys depend only on the offset of their positions."""
-    cos, sin = rotary_tables(8, 3, 4)
+    cos, sin = rotary_tables(8, (3, 4))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     turned_q, turned_k = (apply_rotary(part.expand(1, 1, 12, 8), cos, sin)[0, 0] for part in (q, k))
     scores = turned_q @ turned_k.T  # (T, T)
@@ -180,4 +180,4 @@ def test_swiglu_has_as_many_parameters_as_the_plain_mlp() -> None:
 def test_unpatchify_inverts_patches() -> None:
     x = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     tokens = x.reshape(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 12)  # (N, T, C·P·P)
-    assert torch.equal(unpatchify(tokens, 2, 3, 2), x)
+    assert torch.equal(unpatchify(tokens, (2, 3), (2, 2)), x)

@@ -54,9 +54,10 @@ def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
         Factor(name="style", classes=("flat", "shaded", "line")),
     )
     sheet = draw_sheet(sheet_samples(network(), schedule, steps=2), Identity(), factors)
-    width, height = sheet.size
+    (picture,) = sheet.frames
+    width, height = picture.size
     assert (width % 5, height) == (0, 3 * (8 + STRIP))
-    captions = np.asarray(sheet).reshape(3, 8 + STRIP, width, 3)[:, 8:]
+    captions = np.asarray(picture).reshape(3, 8 + STRIP, width, 3)[:, 8:]
     dark = (captions.reshape(3, STRIP, 5, width // 5, 3) < 100).any((1, 3, 4))
     assert dark.all(), "every picture has a caption"
 

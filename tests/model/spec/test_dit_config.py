@@ -44,14 +44,14 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"mlp_norm_eps": 0.0}, "mlp_norm_eps must be positive"),
         ({"patch_size": 3}, "8x8 is not divisible by patch_size 3"),
         ({"patch_size": 0}, "patch_size must be positive"),
-        ({"image_size": (8, 0)}, "image_size must be two positive"),
-        ({"image_size": (8,)}, "image_size must be two positive"),
+        ({"image_size": (8, 0)}, "image_size must be two or three positive"),
+        ({"image_size": (8,)}, "image_size must be two or three positive"),
         ({"base_size": (7, 8)}, "base_size 7x8 is not divisible"),
         ({"blocks": ("adaln", "gated", "adaln")}, "unknown block kind 'gated': choose among adaln_zero"),
         ({"blocks": "gated"}, "unknown block kind 'gated'"),
         ({"blocks": ("adaln", "adaln")}, "names 2 kinds for depth 3"),
         ({"depth": 2.5}, "depth must be positive and whole, not 2.5"),
-        ({"image_size": 8}, "image_size must be two positive"),
+        ({"image_size": 8}, "image_size must be two or three positive"),
         ({"classes": 5}, "classes must be a tuple of numbers, one per label factor, not 5"),
         ({"classes": (5, 0)}, "leave a factor out"),
         ({"text_size": -1}, "text_size"),
@@ -69,7 +69,13 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"experts": 4, "swiglu": True}, "leave out swiglu, or experts"),
         ({"experts": 17}, "experts 17 are more than the 16 tokens"),
         ({"experts": 4, "routing": "hash"}, "unknown routing 'hash': choose among expert_choice"),
-        ({"shared_expert": True}, "set experts, or leave it out"),
+        ({"shared_expert": True}, "shared_expert is for experts: set experts, or leave it out"),
+        ({"top_k": 2}, "top_k is for experts"),
+        ({"routing": "token_choice"}, "routing is for experts"),
+        (
+            {"attention": "low_rank:17"},
+            "low_rank:17 has more mixes than a picture has tokens at its level, 16",
+        ),
     ],
 )
 def test_configs_that_cannot_work_are_refused_with_the_remedy(
@@ -114,7 +120,7 @@ def test_state_of_a_hybrid_plan_with_layout(tiny: Tiny) -> None:
 
 
 def test_positions_are_squeezed_per_axis_and_never_stretched(tiny: Tiny) -> None:
-    assert tiny().position_scale(4, 4) == (1.0, 1.0)
-    assert tiny().position_scale(8, 4) == (0.5, 1.0)
-    assert tiny().position_scale(2, 16) == (1.0, 0.25)
-    assert tiny(image_size=(16, 16), base_size=(8, 8)).position_scale(8, 8) == (0.5, 0.5)
+    assert tiny().position_scale((4, 4)) == (1.0, 1.0)
+    assert tiny().position_scale((8, 4)) == (0.5, 1.0)
+    assert tiny().position_scale((2, 16)) == (1.0, 0.25)
+    assert tiny(image_size=(16, 16), base_size=(8, 8)).position_scale((8, 8)) == (0.5, 0.5)

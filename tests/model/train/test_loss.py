@@ -15,13 +15,13 @@ from ditserve.model.spec.diffusion import (
     Prediction,
     RectifiedFlow,
     Schedule,
-    add_noise,
     make_schedule,
     training_target,
 )
 from ditserve.model.train.loss import (
     PosteriorTables,
     TrainingNoise,
+    along_rows,
     draw_levels,
     gaussian_kl,
     pixel_log_likelihood,
@@ -47,7 +47,8 @@ def test_the_right_output_has_no_error(prediction: Prediction) -> None:
     for schedule in (make_schedule("cosine", T, prediction=prediction), *flows(prediction)):
         levels = LEVELS if schedule.noise_input == "timestep" else LEVELS / T + 0.01
         row = TrainingNoise(schedule, "v", 5.0).at(levels)
-        output = schedule.output_sign * training_target(prediction, row.alpha, row.sigma, x0, noise)
+        alpha, sigma = along_rows(row.alpha, x0), along_rows(row.sigma, x0)
+        output = schedule.output_sign * training_target(prediction, alpha, sigma, x0, noise)
         assert squared_error(row, output, x0, noise).tolist() == [0, 0, 0, 0]
         torch.testing.assert_close(row.image(row.noisy(x0, noise), output), x0, rtol=1e-3, atol=1e-3)
 
@@ -120,7 +121,7 @@ def test_the_variational_term_is_the_divergence_from_the_posterior(prediction: P
     levels = torch.tensor([1, 7, 25, 40])
     row_noise = TrainingNoise(schedule, "epsilon").at(levels)
     x0, noise, output, v = (pictures(seed).clamp(-1, 1) for seed in range(4))
-    x_t = add_noise(row_noise.alpha, row_noise.sigma, x0, noise)
+    x_t = row_noise.noisy(x0, noise)
     both = torch.cat([output, v], 1)
     terms = variational_term(PosteriorTables.of(schedule), row_noise, both, x0, x_t, levels)
     for row, t in enumerate(levels.tolist()):

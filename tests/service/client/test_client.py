@@ -260,7 +260,10 @@ class TestCommand:
             (["an apple", "--strength", "0.5"], "strength: It needs an image to start from", 1),
             (["an apple", "--negative-prompt", "fog"], "takes no text", 1),
             (["an apple", "a lemon", "--weights", "1"], "--weights: give one for each of the 2 prompts", 2),
-            (["an apple", "-o", "x.gif"], "x.gif", 2),
+            (["an apple", "-o", "x.bmp"], "x.bmp", 2),
+            (["an apple", "-o", "x.gif"], "This model makes pictures, which are no gif", 1),
+            (["an apple", "--model", "clips"], "There is no model 'clips'; this service runs fruits", 1),
+            (["an apple", "--frames", "8"], "This model makes pictures, which have no frames", 1),
             (
                 ["an apple", "--adapter", "noir=0.5"],
                 "adapters: Adapters need workers of the torch backend",

@@ -116,3 +116,26 @@ async def test_overtaking_costs_the_overtaken_no_more_than_the_work_put_before_t
     order = [job.id for job in await claim_order(broker, 5)]
     assert order[:2] == [urgent[1].id, urgent[0].id]
     assert order[3:] == [others.id, large.id], "130 rows of one caller, after 120 of the other"
+
+
+async def test_a_full_worker_reads_no_record_of_those_it_holds_enough_of(
+    broker: Broker, make_job: MakeJob
+) -> None:
+    async def claim() -> tuple[list[str], int]:
+        """Return the jobs that a full worker is given, and how many records that took."""
+        before = await broker._client.info("commandstats")
+        claims = await broker.claim(
+            "w1", models=["emoji"], max_samples=0, idle=False, reserved=8, crowded=["normal:greedy"]
+        )
+        after = await broker._client.info("commandstats")
+        reads = after["cmdstat_hmget"]["calls"] - before["cmdstat_hmget"]["calls"]
+        return [claim.job.id for claim in claims], reads
+
+    for _ in range(100):
+        await broker.submit(make_job(caller="greedy"))
+    assert await claim() == ([], 0)
+    modest = make_job(caller="modest")
+    await broker.submit(modest)
+    given, reads = await claim()
+    assert given == [modest.id]
+    assert reads <= 100

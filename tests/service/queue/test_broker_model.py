@@ -99,6 +99,8 @@ class Model:
     ) -> list[Entry]:
         taken: list[Entry] = []
         crowded = set(crowded)
+        if room <= 0 and not idle and not self.newcomer_waits(crowded):
+            return []
         for entry in self.waiting():
             fresh = idle and not taken
             if room <= 0 and reserved <= 0:
@@ -133,6 +135,10 @@ class Model:
         )
         self.settle()
         return taken
+
+    def newcomer_waits(self, crowded: Collection[str]) -> bool:
+        """Return whether any job waits that a full worker may be given, or that had its turn before."""
+        return any(entry.flow not in crowded or not entry.score for entry in self.waiting())
 
     def put_back(self, entry: Entry) -> None:
         entry.state, entry.score, entry.returned = "queued", 0.0, self.now

@@ -59,7 +59,7 @@ def batch_of(trainer: Trainer) -> TrainingBatch:
 
 def noisy(trainer: Trainer, batch: TrainingBatch) -> Tensor:
     row = trainer.noise.at(batch.t)
-    return row.alpha * batch.x0 + row.sigma * batch.noise
+    return row.noisy(batch.x0, batch.noise)
 
 
 def test_the_student_comes_nearer_to_its_teacher(tmp_path: Path, teacher: Path) -> None:
