@@ -92,7 +92,7 @@ class EvaluationPlan:
 
 def picture_size(model: LoadedModel) -> tuple[int, int]:
     """Return the height and width of a model's pictures, of latents when they are decoded."""
-    height, width = model.network.config.image_size
+    *_, height, width = model.network.config.image_size
     return height * model.manifest.upscale, width * model.manifest.upscale
 
 
