@@ -90,7 +90,8 @@ def in_terms_of(manifest: Manifest, dataset: Dataset, source: Path) -> Dataset:
     factors, latents = manifest.factors, manifest.latents
     if latents is not None and not isinstance(dataset, Latents):
         raise DataError(
-            f"{source} holds pictures, the bundle to adapt denoises latents: encode them by model.data latents"
+            f"{source} holds pictures, the bundle to adapt denoises latents: "
+            "encode them by model.data latents"
         )
     columns = {factor.name: column for factor, column in zip(dataset.factors, dataset.labels.T, strict=True)}
     own = {factor.name: factor.classes for factor in dataset.factors}
