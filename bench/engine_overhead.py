@@ -65,7 +65,7 @@ class NoopBackend:
     kernels = ""
     buckets: tuple[int, ...] | None = None
     conditioner_rows = CONDITIONER_ROWS
-    size_multiple: int | None = None
+    size_multiples: tuple[int, ...] | None = None
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
     adapters: BackendAdapters | None = None

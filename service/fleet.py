@@ -31,14 +31,15 @@ class DemandBucket:
 class Network:
     """The runtime of a worker's network: the backend, its numbers and kernels, and the sizes it can run.
 
-    It runs every size whose sides are multiples of `size_multiple` latent pixels; None: the model's own size
-    only.
+    It runs every size whose height and width are multiples of `size_multiple` latent pixels, and whose frames
+    or depth are multiples of `first_multiple`; None: the model's own size only.
     """
 
     backend: str = ""
     precision: str = ""
     size_multiple: int | None = None
     kernels: str = ""
+    first_multiple: int = 1
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.backend, self.precision, self.kernels) if part)
@@ -69,7 +70,8 @@ class WorkerState(Message):
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
     later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
     `batch_rows` are the rows of its batches while there is enough work, where its costs are exact; 0: it does
-    not say. `adapters` are those that it has loaded; None: its backend takes none.
+    not say. `adapters` are those that it has loaded; None: its backend takes none. `formats` are those that
+    it writes beyond the ones that every worker does.
     """
 
     worker: str
@@ -90,6 +92,7 @@ class WorkerState(Message):
     hang_s: float = 0.0
     batch_rows: int = 0
     adapters: tuple[LoadedAdapter, ...] | None = None
+    formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

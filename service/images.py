@@ -11,14 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin
 
-from ditserve.service.jobs import ContentType
-
-CONTENT_TYPES: Final[Mapping[str, ContentType]] = {
-    "png": "image/png",
-    "webp": "image/webp",
-    "jpeg": "image/jpeg",
-}
-
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "png": {"compress_level": 6},
     "webp": {"quality": 90, "method": 4},
@@ -28,9 +20,12 @@ _ASCII: Final = b"ASCII\0\0\0"  # the character code that begins an EXIF UserCom
 
 
 def to_pixels(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Return RGB pixels (B, H, W, 3) of model output (B, 1 or 3, H, W), which is clamped to [-1, 1]."""
+    """Return RGB pixels (B, H, W, 3) of model output (B, 1 or 3, H, W), which is clamped to [-1, 1].
+
+    Clips and volumes have one axis more before the height.
+    """
     scaled = np.clip(np.rint(127.5 * images + 127.5), 0.0, 255.0).astype(np.uint8)
-    pixels = np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
+    pixels = np.ascontiguousarray(np.moveaxis(scaled, 1, -1))
     return pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1)
 
 
@@ -42,37 +37,41 @@ def from_pixels(pixels: npt.NDArray[np.uint8], channels: int = 3) -> npt.NDArray
     scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
     if channels == 1:
         scaled = scaled @ np.array([[0.299], [0.587], [0.114]], np.float32)
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(np.moveaxis(scaled, -1, 1))
 
 
 def encode(pixels: npt.NDArray[np.uint8], format: str, *, metadata: Mapping[str, str]) -> bytes:
     """Return pixels (H, W, 3) as a "png", "webp" or "jpeg" file that carries `metadata`.
 
-    In PNG each entry is a text chunk of its name; in the others all entries are one JSON object in the EXIF
-    UserComment.
+    In PNG each entry is a text chunk of its name. In the others all entries are one JSON object, in the EXIF
+    UserComment or the comment of a GIF.
 
     Raises:
         ValueError: another format.
     """
-    if format not in CONTENT_TYPES:
-        raise ValueError(f"unknown image format {format!r}: choose among {', '.join(CONTENT_TYPES)}")
+    if format not in _OPTIONS:
+        raise ValueError(f"unknown image format {format!r}: choose among {', '.join(_OPTIONS)}")
     out = BytesIO()
-    Image.fromarray(pixels).save(
-        out, format=format, **_OPTIONS[format], **_metadata_options(format, metadata)
-    )
+    Image.fromarray(pixels).save(out, format=format, **_OPTIONS[format], **metadata_options(format, metadata))
     return out.getvalue()
 
 
-def _metadata_options(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options with which Pillow writes the metadata."""
+def metadata_options(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options with which Pillow writes the metadata into a file of this format."""
     if not metadata:
         return {}
-    if format == "png":
+    if format in ("png", "apng"):
         chunks = PngImagePlugin.PngInfo()
         for name, value in metadata.items():
             chunks.add_itxt(name, value)
         return {"pnginfo": chunks}
+    if format == "gif":
+        return {"comment": comment(metadata).encode("ascii")}
     exif = Image.Exif()
-    comment = json.dumps(dict(metadata)).encode("ascii")
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + comment
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + comment(metadata).encode("ascii")
     return {"exif": exif}
+
+
+def comment(metadata: Mapping[str, str]) -> str:
+    """Return metadata as the one text that formats without named texts hold: JSON, in ASCII."""
+    return json.dumps(dict(metadata))

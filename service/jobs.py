@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.fleet import DemandBucket
+from ditserve.service.formats import ContentType, MediaFormat
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.source_picture import SourcePicture
 from ditserve.service.wire import OLDEST, Message
 
 Priority = Literal["low", "normal", "high"]
-ImageFormat = Literal["png", "webp", "jpeg"]
-ContentType = Literal["image/png", "image/webp", "image/jpeg"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 CallbackState = Literal["waiting", "pending", "delivered", "given-up"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
@@ -73,7 +72,7 @@ class Job(Message):
     grid: str
     guidance_scale: float
     guidance_interval: tuple[float, float]
-    format: ImageFormat
+    format: MediaFormat
     previews: int  # an x0 preview every so many steps; 0: none
     caller: str
     priority: Priority
@@ -97,10 +96,14 @@ class Job(Message):
     source: SourcePicture | None = None  # the picture that it starts from; None: it starts from noise
     adapters: tuple[AdapterUse, ...] = ()  # by name
     callback_url: str = ""  # where its sender is told how it ended; "": nowhere
+    fps: float = 0.0  # the frames a second at which a clip plays; 0: it does not play
+    row_cost: float = 0.0  # the tokens of a prediction, in rows of the model's own size; 0: not known
 
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("it has no seed")
+        if self.size is not None and len(self.size) not in (2, 3):
+            raise ValueError(f"its size has {len(self.size)} axes")
 
     @property
     def oldest_version(self) -> int:
@@ -109,7 +112,7 @@ class Job(Message):
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
         new = new or self.min_quality is not None or self.source is not None
         new = new or any(rung.stretches for rung in (self.requested, self.admitted) if rung)
-        new = new or bool(self.adapters)
+        new = new or bool(self.adapters) or self.fps > 0 or self.format == "npz"
         return 2 if new else OLDEST
 
     @property
@@ -142,7 +145,7 @@ class Job(Message):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One encoded image."""
+    """One file: an image, a clip, or a volume."""
 
     data: bytes
     seed: int

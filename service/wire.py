@@ -11,8 +11,8 @@ the job, and what has readers of every release (a worker's report, an error that
 oldest version. Other versions are refused.
 
 Version 2: a job may compose conditions or layer them, decay its guidance, have a negative prompt or a least
-quality, ask for the solver "unipc-2", run on several backbones, start from a picture, or be drawn with
-adapters.
+quality, ask for the solver "unipc-2", run on several backbones, start from a picture, be drawn with adapters,
+or be a clip or a volume.
 """
 
 from __future__ import annotations

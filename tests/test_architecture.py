@@ -127,6 +127,7 @@ LATE |= {
     "service.backends.other_texts",
     "service.backends.tensorrt",
     "service.telemetry.gpus",
+    "service.worker.clips",
 }
 LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_texts"}
 

@@ -60,6 +60,7 @@ NEEDS = {
     "service/client/messages.py": {"client"},
     "service/client/cli.py": {"client"},
     "service/telemetry/otlp.py": {"otel"},
+    "service/worker/mp4.py": {"video"},
     "service/backends/text.py": {"serve-text"},
     "service/backends/autoencoder.py": {"cpu"},
     "service/backends/onnx.py": {"cpu"},

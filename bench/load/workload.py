@@ -16,6 +16,8 @@ Times = npt.NDArray[np.float64]
 StepsMix = tuple[tuple[int, float], ...]  # counts of steps and their shares of the requests
 
 STEPS_MIX: StepsMix = ((20, 0.7), (50, 0.3))
+# A clip has so many times the tokens of a still, as 8 frames of its size have.
+CLIP_COST = 8.0
 BURSTINESS = 2.0  # coefficient of variation of the gaps of "bursts"
 # A flash crowd comes at this many times the calm rate, and brings this share of all requests.
 CROWD_HEIGHT, CROWD_SHARE = 4.0, 0.3
@@ -23,11 +25,15 @@ CROWD_HEIGHT, CROWD_SHARE = 4.0, 0.3
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request for one image at `at` seconds; `consents`: the planner may take fewer steps."""
+    """One request for one image at `at` seconds; `consents`: the planner may take fewer steps.
+
+    `row_cost` is the tokens of its rows, in rows of a still.
+    """
 
     at: float
     steps: int
     consents: bool = True
+    row_cost: float = 1.0
 
 
 def poisson(n: int, rate: float, random: np.random.Generator) -> Times:
@@ -66,15 +72,24 @@ PROCESSES: Mapping[str, Callable[[int, float, np.random.Generator], Times]] = {
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Arrivals by an arrival process. `refusing` is the share of requests that forbid fewer steps."""
+    """Arrivals by an arrival process.
+
+    `refusing` is the share of requests that forbid fewer steps, and `clips` that of requests for clips.
+    """
 
     process: str = "poisson"
     mix: StepsMix = STEPS_MIX
     refusing: float = 0.0
+    clips: float = 0.0
 
     @property
     def mean_steps(self) -> float:
         return sum(steps * share for steps, share in self.mix)
+
+    @property
+    def mean_rows(self) -> float:
+        """The mean work of a request without guidance, in rows of a still."""
+        return self.mean_steps * (1.0 + self.clips * (CLIP_COST - 1.0))
 
     def draw(self, n: int, rate: float, seed: int) -> Sequence[Arrival]:
         """Return `n` arrivals at `rate` a second on average."""
@@ -82,9 +97,10 @@ class Traffic:
         times = PROCESSES[self.process](n, rate, random)
         steps = random.choice([steps for steps, _ in self.mix], n, p=[share for _, share in self.mix])
         refuses = random.random(n) < self.refusing
+        costs = np.where(random.random(n) < self.clips, CLIP_COST, 1.0)
         return [
-            Arrival(float(at), int(count), not refused)
-            for at, count, refused in zip(times, steps, refuses, strict=True)
+            Arrival(float(at), int(count), not refused, float(cost))
+            for at, count, refused, cost in zip(times, steps, refuses, costs, strict=True)
         ]
 
 

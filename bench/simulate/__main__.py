@@ -2,7 +2,7 @@
 
     python -m bench.simulate [--curves gpu cpu] [--processes poisson bursts flash]
         [--loads .5 .7 .9 1.1 1.4 2] [--workers 1] [--requests 500] [--seeds 11 12 13]
-        [--slo 3] [--ladder ddim] [--refusing 0]
+        [--slo 3] [--ladder ddim] [--refusing 0] [--clips 0]
     python -m bench.simulate --promises      how many accepted deadlines are broken, on noisy hosts too
     python -m bench.simulate --fairness      how long short requests take beside what others do
     python -m bench.simulate --autoscaling   workers that follow a daily curve; writes autoscaling.{md,png}
@@ -75,7 +75,7 @@ def sweep(options: argparse.Namespace, console: Console) -> list[SweepPoint]:
     for curve in options.curves:
         cluster = SimulatedCluster(CURVES[curve], LADDERS[options.ladder], options.workers, options.slo)
         for process in options.processes:
-            traffic = Traffic(process, refusing=options.refusing)
+            traffic = Traffic(process, refusing=options.refusing, clips=options.clips)
             pair = []
             for load in options.loads:
                 for strategy in STRATEGIES:
@@ -181,6 +181,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ladder", choices=list(LADDERS), default="ddim")
     parser.add_argument(
         "--refusing", type=float, default=0.0, help="share of requests that rule out fewer steps"
+    )
+    parser.add_argument(
+        "--clips",
+        type=float,
+        default=0.0,
+        help="share of requests for clips, of 8 times the tokens of a still",
     )
     parser.add_argument(
         "--claims", action="store_true", help="instead: how far ahead and in which order to claim"

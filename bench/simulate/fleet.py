@@ -15,7 +15,6 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from math import ceil, inf
 from time import thread_time
@@ -25,9 +24,8 @@ import numpy as np
 from ditserve.bench.load.workload import Arrival
 from ditserve.bench.simulate.api import SimulatedApi
 from ditserve.bench.simulate.host import SimulatedHost
-from ditserve.bench.simulate.sample import SimulatedSample
+from ditserve.bench.simulate.sample import RowsKind, SimulatedSample
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
-from ditserve.model.spec.stretches import OWN, Stretch
 from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.fleet import LoadSnapshot, WorkerState
 from ditserve.service.limits import WorkerPolicy
@@ -55,16 +53,13 @@ class SimulatedWorker:
         self.serving = True  # until it is told to leave
         self.unreported_rows = 0  # claimed since the last report
         self._step_began = 0.0
-        self._backbone = OWN  # of the step under way
+        self._rows_kind = RowsKind()  # of the step under way
         self.samples: list[SimulatedSample] = []
         self.batch: tuple[SimulatedSample, ...] = ()
         self.costs = CostModel()
         for rows in WARM_UP_ROWS:
             self.costs.observe(rows, cluster.curve.seconds(rows))
-        parts = {part for rung in cluster.ladder.rungs for part in rung.stretches if part.backbone}
-        self._costs_of = {part.backbone: self.costs.scaled(part.row_cost) for part in parts} | {
-            "": self.costs
-        }
+        self._costs_of = {RowsKind(): self.costs}
         self.planner = Planner(cluster.ladder)
         self.scheduler = Scheduler(max_rows=cluster.curve.max_rows)
         self.plan_seconds: list[float] = []
@@ -96,35 +91,38 @@ class SimulatedWorker:
         if not self.samples:
             self.batch = ()
             return None
-        groups: dict[Stretch, list[SimulatedSample]] = {}
+        groups: dict[RowsKind, list[SimulatedSample]] = {}
         for sample in self.samples:
-            groups.setdefault(replace(sample.stretch, above=0.0), []).append(sample)
-        candidates = [
-            Candidates(
-                samples,
-                self.strategy.cap or costs.saturation_rows(self.cluster.curve.max_rows),
-                costs.predict,
-                row_cost=part.row_cost,
-                size=part.backbone,
-            )
-            for part, samples in groups.items()
-            for costs in (self._costs_of[part.backbone],)
-        ]
+            groups.setdefault(sample.rows_kind, []).append(sample)
+        candidates = [self._candidates(kind, samples) for kind, samples in groups.items()]
         batch = self.scheduler.next_batch(candidates, now=now)
         self.batch = batch.samples
-        self._backbone = self.batch[0].stretch
-        work_s = self._backbone.row_cost * self.cluster.curve.seconds(len(self.batch))
+        self._rows_kind = kind = self.batch[0].rows_kind
+        work_s = kind.backbone_cost * self.cluster.curve.seconds(kind.tokens * len(self.batch))
         work_s *= float(random.lognormal(0.0, JITTER))
         self._step_began = now
         return self.host.end_of(now, work_s)
 
     def finish_step(self, now: float) -> None:
-        self._costs_of[self._backbone.backbone].observe(len(self.batch), now - self._step_began)
+        self._costs_of[self._rows_kind].observe(len(self.batch), now - self._step_began)
         for sample in self.batch:
             sample.take_step()
             if not sample.remaining:
                 sample.finished = now
         self.samples = [sample for sample in self.samples if sample.finished is None]
+
+    def _candidates(self, kind: RowsKind, samples: Sequence[SimulatedSample]) -> Candidates[SimulatedSample]:
+        """Return the samples whose rows are of one kind, as the scheduler sees a group of them."""
+        if kind not in self._costs_of:
+            self._costs_of[kind] = self.costs.scaled(kind.row_cost)
+        costs = self._costs_of[kind]
+        return Candidates(
+            samples,
+            self.strategy.cap or costs.saturation_rows(self.scheduler.cap(kind.tokens)),
+            costs.predict,
+            row_cost=kind.row_cost,
+            size=kind,
+        )
 
     def _plan(self, now: float, queued_rows: int) -> None:
         by_id = {sample.id: sample for sample in self.samples}
@@ -240,7 +238,8 @@ class SimulatedFleet:
     def _sample(self, index: int, arrival: Arrival) -> SimulatedSample:
         ladder = self.cluster.ladder
         requested = ladder.requested("ddim", arrival.steps, "leading", (0.0, 1.0), False)
-        due = arrival.at + self.cluster.slo * arrival.steps * self.cluster.curve.seconds(1)
+        alone_s = arrival.steps * self.cluster.curve.seconds(arrival.row_cost)
+        due = arrival.at + self.cluster.slo * alone_s
         # Only a strategy that plans at every step can lower a sample once it is accepted.
         can_be_lowered = self.strategy.plan and arrival.consents
         floor = ladder.lowest(requested, Consent()) if can_be_lowered else requested
@@ -262,6 +261,7 @@ class SimulatedFleet:
             deadline_at=sample.due,
             allow_degraded=self.strategy.degrade and sample.consents,
             consent=Consent(),
+            row_cost=sample.row_cost,
         )
         # Each client stays with one process.
         api = self.apis[int(sample.id) % len(self.apis)]

@@ -42,7 +42,7 @@ class SimulationOutcome:
 
 def offered_rate(cluster: SimulatedCluster, traffic: Traffic, load: float) -> float:
     """Return `load` times the most requests a second that the cluster can serve undegraded."""
-    return load * cluster.curve.peak * cluster.workers / traffic.mean_steps
+    return load * cluster.curve.peak * cluster.workers / traffic.mean_rows
 
 
 def simulate(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ditserve.bench.load.workload import Arrival
-from ditserve.model.spec.stretches import Stretch, stretch_at
+from ditserve.model.spec.stretches import stretch_at
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import PlannedSample
 from ditserve.service.rung import Consent, Rung
+
+
+class RowsKind(NamedTuple):
+    """Rows that share a pass: of one backbone with its cost, and of so many tokens, in rows of a still."""
+
+    backbone: str = ""
+    backbone_cost: float = 1.0
+    tokens: float = 1.0
+
+    @property
+    def row_cost(self) -> float:
+        """The cost of a row, in rows of a still on the model's own backbone."""
+        return self.backbone_cost * self.tokens
 
 
 class SimulatedSample:
@@ -36,20 +51,21 @@ class SimulatedSample:
         self.rejected = False
         self.came_back = 0  # how often, after a refusal
         self.taken_on_return = False  # when it came back for the first time
-        self.consents = arrival.consents
+        self.consents, self.row_cost = arrival.consents, arrival.row_cost
 
     @property
     def steps(self) -> int:
         return self.taken + self.remaining
 
     @property
-    def stretch(self) -> Stretch:
-        """The backbone of the next step."""
-        return stretch_at(self.rung.stretches, self.noise)
+    def rows_kind(self) -> RowsKind:
+        """The kind of rows of the next step, which share a pass."""
+        stretch = stretch_at(self.rung.stretches, self.noise)
+        return RowsKind(stretch.backbone, stretch.row_cost, self.row_cost)
 
     def rows_left(self, ladder: Ladder) -> float:
-        """Return the rows of the steps left, by the cost of their backbones."""
-        return ladder.rows_left(self.rung, self.remaining, self.noise, guided=False)
+        """Return the rows of the steps left, by their tokens and the cost of their backbones."""
+        return self.row_cost * ladder.rows_left(self.rung, self.remaining, self.noise, guided=False)
 
     @property
     def least_steps(self) -> int:
@@ -82,4 +98,5 @@ class SimulatedSample:
             started=self.taken > 0,
             noise=self.noise,
             requested=self.requested,
+            row_cost=self.row_cost,
         )

@@ -28,7 +28,7 @@ class StepTimeCurve:
     points: tuple[tuple[int, float], ...]
     max_rows: int
 
-    def seconds(self, rows: int) -> float:
+    def seconds(self, rows: float) -> float:
         for (less, faster), (more, slower) in pairwise(self.points):
             if rows <= more or more == self.points[-1][0]:
                 return faster + (slower - faster) * (rows - less) / (more - less)

@@ -1,16 +1,17 @@
 """Train the variants of the DiT with equal compute, and set them side by side.
 
-    python -m bench.variants --data data/emoji64.npz --out runs/variants [--flops 2e13] [--seeds 3]
+    python -m bench.variants --data data/emoji64.npz --out runs/variants [--flops 4e12] [--seeds 3]
 
-Every network of the family (`--family`, as for `python -m model.scaling`) is trained with the same
-multiply-adds. Then 200 pictures of each, drawn without guidance, are judged by the Fréchet distance of the
-emoji classifier's features to the training pictures, and a row is timed in torch. The full attention is also
-judged with a part of its tokens merged, without training. Last, a row alone is measured at 1,024 to 16,384
-tokens, in networks of two blocks that are not trained, each in a process of its own.
+A row alone is measured first, at 1,024 to 16,384 tokens, in networks of two blocks that are not trained, each
+in a process of its own; without `--data` that is all. Then every network of the family (`--family`, as for
+`python -m model.scaling`) is trained with the same multiply-adds, all of them with one seed before the next.
+200 pictures of each, drawn without guidance, are judged by the Fréchet distance of the emoji classifier's
+features to the training pictures. The full attention is also judged with a part of its tokens merged, without
+training.
 
-Without `--data` nothing is trained, and only a row alone is measured. What was trained and judged is not done
-again: a run of hours may be stopped, and goes on with the same command. Writes variants.json, variants.md,
-variants.png and variants-trained.png into bench/results.
+variants.json, variants.md, variants.png and variants-trained.png in bench/results are written again after
+each network. What was trained and judged is not done again: a run of hours may be stopped, and goes on with
+the same command.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -30,7 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ditserve.bench import report
-from ditserve.bench.variants.forward import ForwardCost, forward_costs
+from ditserve.bench.variants.forward import forward_costs
 from ditserve.bench.variants.table import VariantResult, draw, markdown
 from ditserve.model.evaluation.classifier_network import CLASSIFIER, open_classifier
 from ditserve.model.evaluation.features import classifier_features
@@ -45,10 +46,9 @@ from ditserve.model.evaluation.picture_sets import (
 )
 from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.nets.cost import cost
-from ditserve.model.nets.factory import network_of
+from ditserve.model.nets.factory import NetworkConfig, make_network, network_of
 from ditserve.model.scaling.family import Family, FamilyRun, plan_runs
 from ditserve.model.scaling.measuring import measure_family
-from ditserve.model.scaling.record import ScalingRecord
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import finite, named_path, positive, thread_count
 from ditserve.model.spec.dit_config import DiTConfig
@@ -66,40 +66,56 @@ ROWS, TURNS = 4, 10
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedVariant:
-    """A trained network, or one of its weights with tokens merged; `run` and the title tell which."""
+class Variant:
+    """A network of the family, or one with tokens merged in `config` and the same weights."""
 
     title: str
     run: FamilyRun
-    merge_tokens: float = 0.0
+    config: NetworkConfig
 
     def load(self) -> LoadedModel:
+        """Open the weights of its training."""
         model = load_model(self.run.config.output)
-        if not self.merge_tokens:
-            return model
-        config = replace(model.dit.config, merge_tokens=self.merge_tokens)
-        manifest = model.manifest.model_copy(update={"config": config})
-        return LoadedModel(network_of(config, model.dit.state_dict()), manifest)
+        manifest = model.manifest.model_copy(update={"config": self.config})
+        return LoadedModel(network_of(self.config, model.network.state_dict()), manifest)
 
 
-def trained_variants(runs: Sequence[FamilyRun]) -> Iterator[TrainedVariant]:
-    """Yield every run, and those of full attention with tokens merged too."""
-    for run in runs:
-        yield TrainedVariant(run.title, run)
-        config = run.config.network_config(run.config.open_dataset())
-        if isinstance(config, DiTConfig) and not config.varies_attention and not any(config.level_plan):
-            for share in MERGED:
-                yield TrainedVariant(f"{run.title}, {share:.0%} merged", run, share)
+def variants_of(run: FamilyRun) -> list[Variant]:
+    """Return the network of a run, and if it is the plain DiT also those with tokens merged."""
+    config = run.config.network_config(run.config.open_dataset())
+    variants = [Variant(run.title, run, config)]
+    if isinstance(config, DiTConfig) and is_plain(config):
+        merged = {f"{run.title}, {share:.0%} merged": share for share in MERGED}
+        variants += [Variant(t, run, replace(config, merge_tokens=share)) for t, share in merged.items()]
+    return variants
+
+
+def is_plain(config: DiTConfig) -> bool:
+    """Return True for a network that is none of the variants itself, and whose tokens can be merged."""
+    varies = config.varies_attention or config.conv_mlp or any(config.level_plan) or config.rope
+    varies = varies or config.experts > 0 or config.shared_modulation or config.condition_gate
+    return not varies and not config.merge_tokens and not any(side % 2 for side in config.grid_size)
 
 
 class Judge:
-    """The Fréchet distance to the training pictures, whose features are computed once."""
+    """The Fréchet distance to the training pictures, whose features are computed once.
 
-    def __init__(self, pictures: int) -> None:
+    Raises:
+        ValueError: the classifier reads pictures of another size than the first run trains on.
+    """
+
+    def __init__(self, pictures: int, first: FamilyRun) -> None:
+        classifier, size = open_classifier(CLASSIFIER), first.config.open_dataset().size
+        if size != classifier.card.image_size:
+            height, width = classifier.card.image_size
+            raise ValueError(
+                f"data.size is {size[0]}×{size[1]}, and the classifier that judges reads {height}×{width}: "
+                f"leave data.size out, and give --data of {height} pixels"
+            )
         self.pictures, self.real = pictures, dict[Path, Tensor]()
-        self.features = classifier_features(open_classifier(CLASSIFIER))
+        self.features = classifier_features(classifier)
 
-    def distance(self, variant: TrainedVariant) -> float:
+    def distance(self, variant: Variant) -> float:
         """Return the distance between pictures that the network draws and those that it was trained on."""
         model, path = variant.load(), variant.run.config.data.path
         plan = EvaluationPlan(
@@ -116,7 +132,7 @@ class Judge:
         return frechet_distance(sets[GENERATED].features.pooled, self.real[path])
 
 
-def judge_all(variants: Sequence[TrainedVariant], folder: Path, judge: Judge) -> dict[str, float]:
+def judge_all(variants: Sequence[Variant], folder: Path, judge: Judge) -> dict[str, float]:
     """Judge the variants that are not in judged.json yet; return the distances of all."""
     file = folder / JUDGED
     judged: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
@@ -129,9 +145,9 @@ def judge_all(variants: Sequence[TrainedVariant], folder: Path, judge: Judge) ->
 
 
 @torch.no_grad()
-def row_times(variants: Sequence[TrainedVariant]) -> dict[str, float]:
+def row_times(variants: Sequence[Variant]) -> dict[str, float]:
     """Return the processor's milliseconds for a row of each variant; the networks take turns."""
-    networks = {variant.title: variant.load().network for variant in variants}
+    networks = {variant.title: make_network(variant.config) for variant in variants}
     fastest = dict.fromkeys(networks, inf)
     for _ in range(TURNS):
         for title, network in networks.items():
@@ -144,44 +160,45 @@ def row_times(variants: Sequence[TrainedVariant]) -> dict[str, float]:
     return fastest
 
 
-def results(
-    variants: Sequence[TrainedVariant],
-    records: Sequence[ScalingRecord],
-    distances: Sequence[Mapping[str, float]],
-) -> list[VariantResult]:
-    """Return the measurements of every variant, over the seeds."""
-    times = row_times(variants)
-    last = [{look.run: look for look in sorted(r.looks, key=lambda look: look.step)} for r in records]
-    measured = []
+def without_training(variants: Sequence[Variant]) -> dict[str, VariantResult]:
+    """Return what is known of each variant before it is trained, by its title.
+
+    It stands beside the last plain DiT before it in the family.
+    """
+    times, known, plain = row_times(variants), {}, variants[0].title
     for variant in variants:
-        looks = [of_seed[variant.run.title] for of_seed in last]
-        dataset = variant.run.config.open_dataset()
-        config = variant.run.config.network_config(dataset)
-        if isinstance(config, DiTConfig):
-            config = replace(config, merge_tokens=variant.merge_tokens)
-        row = cost(config)
-        measured.append(
-            VariantResult(
-                name=variant.title,
-                tokens=row.tokens,
-                parameters=row.parameters,
-                macs=row.macs,
-                attention_macs=row.attention_macs,
-                convolution_macs=row.convolution_macs,
-                steps=looks[0].step,
-                # The loss is that of the whole network.
-                losses=[] if variant.merge_tokens else [look.loss for look in looks],
-                distances=[of_seed[variant.title] for of_seed in distances],
-                row_ms=round(times[variant.title], 3),
-                inference_bytes=row.inference_bytes,
-                training_bytes=row.training_bytes,
-            )
+        if isinstance(variant.config, DiTConfig) and is_plain(variant.config):
+            plain = variant.title
+        row = cost(variant.config)
+        known[variant.title] = VariantResult(
+            name=variant.title,
+            beside=plain,
+            tokens=row.tokens,
+            parameters=row.parameters,
+            macs=row.macs,
+            attention_macs=row.attention_macs,
+            convolution_macs=row.convolution_macs,
+            steps=variant.run.config.steps,
+            losses=[],
+            distances=[],
+            row_ms=round(times[variant.title], 3),
+            inference_bytes=row.inference_bytes,
+            training_bytes=row.training_bytes,
         )
-    return measured
+    return known
 
 
-def train_and_judge(options: argparse.Namespace) -> list[VariantResult]:
-    """Train and judge the family with every seed.
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """The trainings of a family with one seed, in a folder of their own."""
+
+    family: Family
+    folder: Path
+    runs: Sequence[FamilyRun]
+
+
+def plan_seeds(options: argparse.Namespace) -> list[Seed]:
+    """Return the trainings of every seed.
 
     Raises:
         OSError, ValueError, ModelError: the family or its data cannot be used.
@@ -192,16 +209,30 @@ def train_and_judge(options: argparse.Namespace) -> list[VariantResult]:
             given = Family.model_validate({**given.model_dump(), "flops": options.flops})
     except ValidationError as error:
         raise ValueError(f"{options.family}: {first_mistake(error)}") from None
-    records, distances, judge = [], [], Judge(options.pictures)
+    seeds = []
     for seed in range(options.seeds):
         family = given.model_copy(update={"set": (*given.set, f"seed={seed}")})
         folder = options.out / f"seed-{seed}"
-        runs = list(plan_runs(family, options.data, folder))
-        with claim(folder, SCALING, apart=tuple({run.config.data.path for run in runs})):
-            records.append(measure_family(family, runs, folder))
-            variants = list(trained_variants(runs))
-            distances.append(judge_all(variants, folder, judge))
-    return results(variants, records, distances)
+        seeds.append(Seed(family, folder, list(plan_runs(family, options.data, folder))))
+    return seeds
+
+
+def train_and_judge(seeds: Sequence[Seed], judge: Judge) -> Iterator[list[VariantResult]]:
+    """Train and judge all networks seed by seed. Yield the results so far after each network."""
+    results = without_training([variant for run in seeds[0].runs for variant in variants_of(run)])
+    for seed in seeds:
+        apart = tuple({run.config.data.path for run in seed.runs})
+        with claim(seed.folder, SCALING, apart=apart):
+            for run in seed.runs:
+                record = measure_family(seed.family, [run], seed.folder)
+                ends = {look.run: look.loss for look in record.looks if look.step == run.config.steps}
+                variants = variants_of(run)
+                for title, distance in judge_all(variants, seed.folder, judge).items():
+                    result = results[title]
+                    # The loss is that of the whole network.
+                    losses = [*result.losses, ends[title]] if title == run.title else []
+                    results[title] = replace(result, losses=losses, distances=[*result.distances, distance])
+                yield [result for result in results.values() if result.distances]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -230,17 +261,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         torch.set_num_threads(options.threads)
-        trained = train_and_judge(options) if options.data else []
-        forward: list[ForwardCost] = list(forward_costs(options.sides, options.threads))
-        text = markdown(trained, forward, options)
+        seeds, judge = [], None
+        if options.data:
+            seeds = plan_seeds(options)
+            judge = Judge(options.pictures, seeds[0].runs[0])
+            options.flops = seeds[0].family.flops
+        forward = list(forward_costs(options.sides, options.threads))
+        for trained in train_and_judge(seeds, judge) if judge else [[]]:
+            text = markdown(trained, forward, options)
+            figures = {
+                "trained": [asdict(each) for each in trained],
+                "forward": [asdict(each) for each in forward],
+            }
+            report.save("variants", options, background, figures)
+            write_atomic(report.result_path("variants.md"), text.encode())
+            draw(trained, forward, report.result_path("variants.png"))
         console.print(text, markup=False)
-        figures = {
-            "trained": [asdict(each) for each in trained],
-            "forward": [asdict(each) for each in forward],
-        }
-        report.save("variants", options, background, figures)
-        write_atomic(report.result_path("variants.md"), text.encode())
-        draw(trained, forward, report.result_path("variants.png"))
 
     return report.run_command("variants", work)
 

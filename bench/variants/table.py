@@ -15,13 +15,19 @@ from ditserve.bench.plots import Panel, draw_panels
 from ditserve.bench.variants.forward import SCAN, ForwardCost
 
 MIB = 1 << 20
+# A variant is faster that takes less than this share of the time of the plain DiT.
+FASTER = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class VariantResult:
-    """A variant: the cost of a row, and its held-out losses and Fréchet distances, one for each seed."""
+    """A variant: the cost of a row, and its held-out losses and Fréchet distances, one for each seed.
+
+    `beside` is the plain DiT that it is compared with.
+    """
 
     name: str
+    beside: str
     tokens: int
     parameters: int
     macs: int
@@ -39,7 +45,6 @@ def markdown(
     trained: Sequence[VariantResult], forward: Sequence[ForwardCost], options: argparse.Namespace
 ) -> str:
     """Return the two tables, of what was trained and of a row alone."""
-    flops = f"{options.flops:.3g}" if options.flops else f"the operations that `{options.family.name}` says"
     machine = (
         f"On {report.machine()['processor']}, {options.threads} of {os.cpu_count()} cores at a load average "
         f"of {os.getloadavg()[0]:.1f}. Times are the processor's."
@@ -47,10 +52,12 @@ def markdown(
     parts = ["# Variants of the network", machine]
     if trained:
         parts += [
-            f"Each network was trained with {flops}. Loss: of held-out pairs. Fréchet: of {options.pictures} "
-            f"pictures. Both over {options.seeds} seed(s). The shares after the multiply-adds are those of "
-            "attention and of convolutions. Memory: of a row's activations, when it is drawn and trained.",
+            f"Each network was trained with {options.flops:.3g} floating-point operations, and with "
+            f"{_seeds(trained, options.seeds)}. Loss: of held-out pairs. Fréchet: of {options.pictures} "
+            "pictures. The shares after the multiply-adds are those of attention and of convolutions. "
+            "Memory: of a row's activations, when it is drawn and trained.",
             _trained_table(trained),
+            _verdict(trained),
             "![Distance and time of a row](variants-trained.png)",
         ]
     parts += [
@@ -84,6 +91,41 @@ def _trained_table(trained: Sequence[VariantResult]) -> str:
         for each in trained
     ]
     return _table(head, rows)
+
+
+def _seeds(trained: Sequence[VariantResult], planned: int) -> str:
+    """Return how many seeds stand behind the figures."""
+    done = sorted({len(each.distances) for each in trained})
+    counts = " or ".join(map(str, done))
+    return f"{counts} of {planned} seeds" + (", the first rows with more" if len(done) > 1 else "")
+
+
+def _verdict(trained: Sequence[VariantResult]) -> str:
+    """Return a sentence on the variants that pay, and on those that do not."""
+    plain = {each.name: each for each in trained}
+    told = {True: list[str](), False: list[str]()}
+    for each in trained:
+        if each.beside != each.name and len(each.distances) > 1:
+            told[_pays(each, plain[each.beside])].append(each.name)
+    if not any(told.values()):
+        return "One seed tells no variant from another."
+    pays, not_pays = ("; ".join(names) or "none" for names in told.values())
+    return (
+        "A variant pays that is nearer to the training pictures than the plain DiT before it in the table, "
+        f"and takes no more time a row; or that takes less than {FASTER} of its time, and is no farther. "
+        "Nearer and farther are by more than two standard errors of the difference. "
+        f"**Pay: {pays}. Do not: {not_pays}.**"
+    )
+
+
+def _pays(each: VariantResult, plain: VariantResult) -> bool:
+    """Say of a variant with several seeds if it is nearer or faster than the plain DiT, and not worse."""
+    errors = (
+        np.var(of.distances, ddof=1) / len(of.distances) for of in (each, plain) if len(of.distances) > 1
+    )
+    least = 2 * sum(errors) ** 0.5
+    farther, time = np.mean(each.distances) - np.mean(plain.distances), each.row_ms / plain.row_ms
+    return bool((farther < -least and time <= 1.0) or (farther <= least and time < FASTER))
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

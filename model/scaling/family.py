@@ -74,11 +74,16 @@ def plan_runs(family: Family, data: Path | None, out: Path) -> Iterator[FamilyRu
     first = 0  # parameters of the first network
     for hold_out in hold_outs:
         fields = {**base.data.model_dump(), "hold_out": hold_out, **({"path": data} if data else {})}
+        with_data = base.model_copy(update={"data": type(base.data).model_validate(fields)})
+        dataset = with_data.open_dataset()
+        if not dataset.held_out.any():
+            raise DataError(
+                "hold_out keeps no pair from training, and the loss is measured on those: raise it"
+            )
         for name, network in family.models.items():
             title = name if len(hold_outs) == 1 else f"{name}, {hold_out:g} held out"
-            config = base.model_copy(
+            config = with_data.model_copy(
                 update={
-                    "data": type(base.data).model_validate(fields),
                     "output": out / title.replace(", ", "-").replace(" ", "-"),
                     "model": network,
                     "schedule": "constant",
@@ -86,11 +91,6 @@ def plan_runs(family: Family, data: Path | None, out: Path) -> Iterator[FamilyRu
                     "stages": (),
                 }
             )
-            dataset = config.open_dataset()
-            if not dataset.held_out.any():
-                raise DataError(
-                    "hold_out keeps no pair from training, and the loss is measured on those: raise it"
-                )
             network_cost = cost(config.network_config(dataset))
             first = first or network_cost.parameters
             run = FamilyRun(title, name, config, network_cost.macs)

@@ -213,8 +213,9 @@ class DiTConfig:
                 f"experts must be 0 (one MLP for all tokens) or 2 and more, not {self.experts!r}"
             )
         if not self.experts:
-            if self.shared_expert:
-                raise ValueError("shared_expert stands beside experts: set experts, or leave it out")
+            for field, default in (("shared_expert", False), ("top_k", 1), ("routing", "expert_choice")):
+                if getattr(self, field) != default:
+                    raise ValueError(f"{field} is for experts: set experts, or leave it out")
             return
         check_counts(self, "top_k")
         if self.top_k >= self.experts:
@@ -236,6 +237,12 @@ class DiTConfig:
                 raise ValueError(f"{field} must be one value, or one per block for depth {self.depth}")
         check_kinds(self.attention_plan, self.num_heads, axes=self.axes, rope=self.rope)
         check_levels(self.level_plan)
+        for kind, level in zip(self.attention_plan, self.level_plan, strict=True):
+            if kind.name == "low_rank" and kind.size > self.tokens >> 2 * level:
+                raise ValueError(
+                    f"attention low_rank:{kind.size} has more mixes than a picture has tokens at its level, "
+                    f"{self.tokens >> 2 * level}: lower the number"
+                )
         if self.conv_mlp and self.swiglu:
             raise ValueError("conv_mlp has a gate of its own: turn swiglu off, or conv_mlp")
         if not isinstance(self.merge_tokens, int | float) or not 0 <= self.merge_tokens <= MOST_MERGED:

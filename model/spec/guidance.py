@@ -24,7 +24,7 @@ def guided(
 ) -> Array:
     """Return the output of classifier-free guidance, uncond + scale · (cond - uncond), as a new array.
 
-    `cond` and `uncond` are outputs (..., C, H, W) of one shape; `scale` is a number or broadcasts against
+    `cond` and `uncond` are outputs (B, C, …) of one shape; `scale` is a number or broadcasts against
     them, such as (B, 1, 1, 1). With `channels` = k in 0..C only the first k channels are guided and the
     others are those of `cond`: the published DiT guides 3 of 4. With `norm` the result is scaled to the norm
     of `cond`. Source: Ho & Salimans, arXiv:2207.12598.
@@ -33,7 +33,7 @@ def guided(
     if norm is not None:
         mixed = _with_norms_of(cond, mixed, norm)
     if channels is not None:
-        mixed[..., channels:, :, :] = cond[..., channels:, :, :]
+        mixed[:, channels:] = cond[:, channels:]
     return mixed
 
 

@@ -12,7 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Generic
 
+import numpy as np
+import numpy.typing as npt
+
 from ditserve.model.spec.diffusion import Array, Schedule, add_noise
+
+Floats = npt.NDArray[np.float32]
 
 # The strength where none is said.
 DEFAULT_STRENGTH: Final = 0.8
@@ -32,6 +37,18 @@ class SourceLatent(Generic[Array]):
 
     latent: Array
     mask: Array | None = None
+
+
+def first_frame(picture: SourceLatent[Floats], frames: int) -> SourceLatent[Floats]:
+    """Return the source of a clip (C, F, H, W) that begins with a picture (C, H, W).
+
+    The first frame stays. The others start from the same picture, with the noise that the strength adds: at
+    full strength from noise alone.
+    """
+    latent = np.repeat(picture.latent[:, None], frames, axis=1)
+    mask = np.ones((1, *latent.shape[1:]), np.float32)
+    mask[:, 0] = 0.0
+    return SourceLatent(latent, mask)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -183,8 +183,9 @@ class TrainConfig(RunConfig):
                     f"accumulate {self.accumulate} does not fill a pipeline of {self.parallel.pipeline}: "
                     f"raise it to {self.parallel.pipeline} or more"
                 )
-        if self.compile and self.model.get("routing") == "token_choice":
-            raise ValueError("compile hides the routers that the balance of experts reads: leave it out")
+        balance = self.model.get("routing") == "token_choice" if self.balance is None else self.balance
+        if self.compile and self.model.get("experts") and balance:
+            raise ValueError("compile hides the routers that the balance of experts reads: leave out compile")
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
         if isinstance(self.distillation, ProgressiveDistillationConfig):

@@ -19,6 +19,7 @@ from ditserve.model.spec.bundle import PIPELINE, Bundle
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import INDEX, missing_package
+from ditserve.model.spec.sizes import Size
 from ditserve.model.spec.text_encoder import is_encoder_class
 from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.state import StateArray, StateMemory
@@ -44,8 +45,9 @@ class Backend(Protocol):
     """The network of one bundle on one device.
 
     Every method works row by row: a row's numbers depend on that row alone (up to rounding if the batch size
-    differs). Inputs are C-contiguous and not modified; outputs belong to the caller. Any method may raise
-    `OutOfMemory`. `decode` and `encode` may be called from one thread while another calls the other methods.
+    differs). Inputs are C-contiguous and not modified; outputs belong to the caller. Latents and pixels of
+    clips and volumes have one axis more, before H. Any method may raise `OutOfMemory`. `decode` and `encode`
+    may be called from one thread while another calls the other methods.
 
     Args:
         buckets: the batch sizes that `denoise` takes; None for any.
@@ -53,7 +55,7 @@ class Backend(Protocol):
             on how many rows are needed.
         precision: of the backbone: fp32, fp16, bf16, int8 or fp8.
         kernels: what was chosen besides, such as "compiled"; empty where nothing was to be chosen.
-        size_multiple: H and W may be any multiples of it; None for the manifest's own size only.
+        size_multiples: each side may be any multiple of its number; None for the manifest's own size only.
         text_encoder: that of an imported pipeline, which is part of its bundle; None for other models.
         state_memory: the memory that `denoise` reads the condition state from.
         adapters: those that are loaded beside the bundle; None for a backend that takes none.
@@ -65,7 +67,7 @@ class Backend(Protocol):
     conditioner_rows: int
     precision: str
     kernels: str
-    size_multiple: int | None
+    size_multiples: Size | None
     text_encoder: SentenceEncoder | None
     state_memory: StateMemory
     adapters: BackendAdapters | None

@@ -19,8 +19,9 @@ import structlog
 
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
 from ditserve.model.spec.manifest import Manifest
-from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.spec.network_config import size_multiples
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.sizes import Size
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
@@ -123,7 +124,7 @@ class OnnxBackend:
         precision: of the backbone.
         backbone: the backbone for pictures of any size that its graph takes.
         cuda_graph: the backbone for the bundle's own size if its kernels are captured, else None.
-        size_multiple: see `Backend`.
+        size_multiples: see `Backend`.
         conditioner_rows: see `Backend`.
         text_encoder: see `Backend`.
     """
@@ -141,13 +142,13 @@ class OnnxBackend:
         precision: str,
         backbone: RowRunner,
         cuda_graph: CudaGraphRunner | None,
-        size_multiple: int | None,
+        size_multiples: Size | None,
         conditioner_rows: int,
         text_encoder: SentenceEncoder | None = None,
     ) -> None:
         self.manifest, self.precision = manifest, precision
         self.text_encoder = text_encoder
-        self.size_multiple, self.conditioner_rows = size_multiple, conditioner_rows
+        self.size_multiples, self.conditioner_rows = size_multiples, conditioner_rows
         self.buckets: tuple[int, ...] | None = GRAPH_SIZES if cuda_graph else None
         self._graphs, self._backbone = graphs, backbone
         self._own_size: RowRunner = cuda_graph or backbone
@@ -230,7 +231,7 @@ def open_onnx(
         precision=chosen,
         backbone=_data_parallel(bundle, chosen, session, options, parallel),
         cuda_graph=cuda_graph,
-        size_multiple=graph_size_multiple(session.get_inputs()[0].shape),
+        size_multiples=graph_size_multiples(session.get_inputs()[0].shape),
         conditioner_rows=CONDITIONER_ROWS if auxiliary_providers[0] == CPU else CONDITIONER_ROWS_GPU,
         text_encoder=load_pipeline_texts(bundle) if pipeline else None,
     )
@@ -244,11 +245,12 @@ def open_cuda_graph(
     Return None, and log why, if the runtime cannot capture them.
     """
     config, options = bundle.manifest.config, session_options(1)
-    multiple = size_multiple(config)
-    if multiple:
+    multiples = size_multiples(config)
+    if multiples:
         # A free side is named after its factor ("4*rows"). With the factors fixed, all that depends on the
         # size alone is computed when the graph is loaded.
-        for name, side in zip(("rows", "columns"), config.image_size, strict=True):
+        names = ("frames", "rows", "columns")[-len(multiples) :]
+        for name, multiple, side in zip(names, multiples, config.image_size, strict=True):
             dimension = f"{multiple}*{name}" if multiple > 1 else name
             options.add_free_dimension_override_by_name(dimension, side)
     entries = [cuda_entry(enable_cuda_graph="1") if name == CUDA else name for name in providers]
@@ -281,14 +283,13 @@ def weights_bytes(manifest: Manifest) -> int:
     return sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(stored))
 
 
-def graph_size_multiple(shape: Sequence[int | str]) -> int | None:
-    """Return what height and width must be multiples of, or None if they are fixed.
+def graph_size_multiples(shape: Sequence[int | str]) -> Size | None:
+    """Return what each side must be a multiple of, or None if they are fixed.
 
-    `shape` is that of the graph's input: ("batch", 3, "4*rows", "4*columns") gives 4, ("batch", 3, 8, 8)
+    `shape` is that of the graph's input: ("batch", 3, "4*rows", "4*columns") gives (4, 4), ("batch", 3, 8, 8)
     None.
     """
     sides = shape[2:]
     if not all(isinstance(side, str) for side in sides):
         return None
-    factors = {str(side).rpartition("*")[0] or "1" for side in sides}
-    return int(factors.pop()) if len(factors) == 1 else None
+    return tuple(int(str(side).rpartition("*")[0] or "1") for side in sides)

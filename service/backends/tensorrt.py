@@ -22,6 +22,7 @@ from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, Device, engine_origin
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.sizes import Size
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
@@ -72,7 +73,7 @@ class TensorRtBackend:
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
     adapters: BackendAdapters | None = None
-    size_multiple: int | None = None  # an engine has one size
+    size_multiples: Size | None = None  # an engine has one size
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import Manifest
-from ditserve.model.spec.network_config import NetworkConfig, size_multiple
+from ditserve.model.spec.network_config import NetworkConfig, size_multiples
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.weights.lora import AdapterError, adapter_base, read_adapter
@@ -97,7 +97,7 @@ class TorchBackend:
         torch.backends.cudnn.allow_tf32 = False
         self.manifest = bundle.manifest
         config = bundle.manifest.config
-        self.size_multiple = size_multiple(config)
+        self.size_multiples = size_multiples(config)
         self._device = torch.device(device)
         self.state_memory: StateMemory = TorchMemory(self._device)
         self.stream: TorchStream | None = None

@@ -221,7 +221,7 @@ class TorchRows:
         x = self._latents.index_select(0, places[SLOT])  # (R, C, H, W)
         state = [slab.array.index_select(0, places[SLAB + slab.line]) for slab in self._slabs]
         output = self._network(x.index_select(0, places[ROW_OF]), state)  # (R, C_out, H, W)
-        columns = buffers.numbers.index_select(0, buffers.counter)[0, :, :, None, None, None]
+        columns = self._column(buffers.numbers.index_select(0, buffers.counter)[0])
         self._advance(buffers, places, columns, x, output)
         buffers.counter.add_(1)
 
@@ -244,7 +244,7 @@ class TorchRows:
         x = x + self._history.index_select(0, newest) * c
         x = x + self._history.index_select(0, newest ^ 1) * d
         noise = self._noise.index_select(0, places[NOISE])
-        x = torch.where(places[NOISE][:, None, None, None] > 0, x + s * noise, x)
+        x = torch.where(self._column(places[NOISE]) > 0, x + s * noise, x)
         slots = places[SLOT]
         mask = self._mask.index_select(0, slots)
         known = alpha * self._pictures.index_select(0, slots)
@@ -253,6 +253,10 @@ class TorchRows:
         self._latents.index_copy_(0, slots, x)
         self._history.index_copy_(0, newest ^ 1, estimate)
         buffers.finite.index_copy_(0, buffers.counter, finite[None])
+
+    def _column(self, numbers: Tensor) -> Tensor:
+        """Return numbers (…, R) in a shape that stands beside the latents (R, C, …) of the rows."""
+        return numbers.view(*numbers.shape, *(1,) * len(self._shape))
 
     def _put(self, target: Tensor, array: Floats) -> None:
         with computing():

@@ -19,11 +19,13 @@ from ditserve.model.spec.command_line import finite
 from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.client.client import Client
-from ditserve.service.errors import ServiceError, from_wire
+from ditserve.service.errors import ModelNotFound, ServiceError, from_wire
+from ditserve.service.formats import CONTENT_TYPES
 from ditserve.service.settings import ClientSettings
 from ditserve.service.vocabulary import Vocabulary
 
-FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+# The format of a file, by the end of its name.
+FORMATS = {f".{name}": name for name in CONTENT_TYPES} | {".jpg": "jpeg"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -47,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"error: {error.detail or error.title}{hint}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {options.output}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("cancelled", file=sys.stderr)
@@ -57,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _wrong_flag(options: argparse.Namespace) -> str:
     """Return what is wrong with the flags, "" if nothing is."""
-    if options.output.suffix.lower() not in FORMATS:
+    if options.output is not None and options.output.suffix.lower() not in FORMATS:
         return f"-o {options.output}: end it in {', '.join(FORMATS)}"
     if options.weights and len(options.weights) != len(options.prompt):
         return (
@@ -73,7 +75,8 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         ServiceError: the service refuses, or the job fails.
         OSError: an image cannot be written.
     """
-    (model, *_) = client.models()["models"]
+    model = _model(client, options.model)
+    output = options.output or Path(f"image.{model['formats'][0]}")
     conditions = [_condition(model, prompt) for prompt in options.prompt]
     if options.weights:
         pairs = zip(conditions, options.weights, strict=True)
@@ -94,11 +97,14 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "mask": options.mask,
         "strength": options.strength,
         "size": options.size,
+        "frames": options.frames,
+        "fps": options.fps,
+        "model": options.model,
         "windows": options.windows,
     }
     body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     condition = conditions if len(conditions) > 1 else conditions[0]
-    job_id = client.submit(condition, n=options.n, format=FORMATS[options.output.suffix.lower()], **body)
+    job_id = client.submit(condition, n=options.n, format=FORMATS[output.suffix.lower()], **body)
     try:
         _follow(client, job_id)
     except KeyboardInterrupt:
@@ -107,12 +113,22 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
     paths = []
     for k in range(options.n):
         image = client.image(job_id, k)
-        path = options.output
+        path = output
         if options.n > 1:
             path = path.with_stem(f"{path.stem}-{image.seed}")
         path.write_bytes(image.data)
         paths.append(path)
     return paths
+
+
+def _model(client: Client, name: str | None) -> dict[str, Any]:
+    """Return the description of the model of that name, None for the first. Raises `ServiceError`."""
+    models: list[dict[str, Any]] = client.models()["models"]
+    found = next((model for model in models if name in (None, model["name"])), None)
+    if found is None:
+        served = ", ".join(model["name"] for model in models)
+        raise ModelNotFound(f"There is no model {name!r}; this service runs {served}.")
+    return found
 
 
 def _adapter(text: str) -> dict[str, Any]:
@@ -192,8 +208,12 @@ def _parser(url: str) -> argparse.ArgumentParser:
         "--weights", type=finite, nargs="+", metavar="W", help="of several prompts; negative in a composition"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("image.png"), help="file to write; several get their seed"
+        "-o",
+        "--output",
+        type=Path,
+        help="file to write, image.png unless given, of a clip image.webp; several get their seed",
     )
+    parser.add_argument("--model", help="a model that GET /models lists; the first there if not given")
     parser.add_argument("-n", type=int, default=1, help="number of images")
     _add_drawing_flags(parser)
     parser.add_argument("--url", default=url, help="address of the service")
@@ -247,6 +267,8 @@ def _add_drawing_flags(parser: argparse.ArgumentParser) -> None:
         help="cut off what a text has beyond the model's last token",
     )
     parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
+    parser.add_argument("--frames", type=int, help="frames of a clip, where the model has a choice")
+    parser.add_argument("--fps", type=finite, help="frames a second at which a clip plays")
     parser.add_argument(
         "--windows", action="store_true", default=None, help="denoise a larger --size in overlapping windows"
     )

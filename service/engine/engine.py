@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import Backbone, ForwardPass, Stepped
@@ -92,14 +92,14 @@ class Engine:
         }
         caches = {name: forward.conditions for name, forward in self._passes.items()}
         self._factory = SampleFactory(backend, caches, ladder, schedule, clock)
-        height, width = backend.manifest.config.image_size
         row_costs = {name: backbone.row_cost for name, backbone in further.items()}
         # A bundle with further backbones has its rows on the host: a trajectory leads from one to another.
         self._resident = (
             None if further else open_resident(backend, conditions, scheduler, slots=slots, clock=clock)
         )
         resident = None if self._resident is None else self._resident.pool
-        self._groups = Groups((height, width), row_costs, scheduler, costs, self._make_pool, resident)
+        own = backend.manifest.config.image_size
+        self._groups = Groups(own, row_costs, scheduler, costs, self._make_pool, resident)
 
     def step(self, queued_rows: int = 0) -> StepReport:
         """Take the next step of the most urgent samples.
@@ -371,8 +371,8 @@ class Engine:
 
     def _give_up(self, group: Group) -> tuple[Failed, ...]:
         """Fail all samples of a size of which not even one row fits in memory; other sizes go on."""
-        height, width = group.key.size
-        error = f"An image of {height}x{width} latent pixels does not fit in this worker's memory."
+        size = size_name(group.key.size)
+        error = f"An image of {size} latent pixels does not fit in this worker's memory."
         return tuple(self._fail(sample, InternalError(error)) for sample in tuple(group.samples.values()))
 
     def _fail(self, sample: Sample, error: ServiceError) -> Failed:

@@ -86,7 +86,8 @@ class ForwardPass:
         self._backend, self.conditions, self._scheduler = backend, conditions, scheduler
         self._rows, self._state = rows, self._buffers(rows)
         self._uses: list[RowUses] = []  # the adapters of each row; the rows beyond have none
-        self._channels = backend.manifest.config.in_channels
+        config = backend.manifest.config
+        self._channels, self._axes = config.in_channels, 1 + len(config.image_size)
         # A learned variance is not guided.
         self._guided_channels = backend.manifest.diffusion.guidance_channels or self._channels
         self._guidance_norm = backend.manifest.diffusion.guidance_norm
@@ -195,7 +196,7 @@ class ForwardPass:
         return predictions
 
     def _guide_whole(self, layout: RowLayout, latents: Gathered, output: Floats) -> Prediction:
-        coefficients = StepCoefficients.of_samples([sample.coefficients for sample in layout.whole])
+        coefficients = self._coefficients(layout.whole)
         output = self._used(output, coefficients)
         if layout.guided:
             weight = coefficients.guidance_weight[layout.guided]
@@ -210,7 +211,7 @@ class ForwardPass:
         """Compose the outputs of the conditions, guide those of each window, then blend them to one."""
         sample = rows.sample
         windows, conditioning = sample.geometry.windows, sample.conditioning
-        coefficients = StepCoefficients.of_samples([sample.coefficients])
+        coefficients = self._coefficients([sample])
         with np.errstate(all="ignore"):
             output = self._used(output, coefficients)
             conditional = output[rows.conditional]
@@ -222,6 +223,9 @@ class ForwardPass:
                 conditional = self._guided(conditional, output[rows.unconditional], weight)
             prediction = conditional[0] if windows is None else windows.blend(conditional)
         return self._prediction(latents, (sample,), coefficients, prediction[None])
+
+    def _coefficients(self, samples: Sequence[Sample]) -> StepCoefficients:
+        return StepCoefficients.of_samples([sample.coefficients for sample in samples], self._axes)
 
     def _guided(self, cond: Floats, uncond: Floats, weight: Floats) -> Floats:
         """Return the output (n, C, H, W) of guidance, as this model's acts."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.model.spec.windows import Windows, windows_over
 from ditserve.service.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The size of a latent and the rows of one prediction of it; sizes are height and width in latent pixels.
+    """The size of a latent and the rows of one prediction of it; sizes are in latent pixels, by axis.
 
     A latent is one row, or one row a window. `row_size` is the size of a row. `cost` is the tokens of one
     prediction, in rows of the bundle's own size.
@@ -34,21 +34,32 @@ class Geometry:
         return self.cost / self.rows
 
 
-def geometry_of(size: Size | None, *, own: Size, windows: bool, multiple: int | None) -> Geometry:
+def geometry_of(size: Size | None, *, own: Size, windows: bool, multiples: Size | None) -> Geometry:
     """Return the geometry of a request for latents of `size`; None is the bundle's `own`.
 
-    With `windows` it is denoised in overlapping windows of the bundle's own size. `multiple` is what the
+    With `windows` it is denoised in overlapping windows of the bundle's own size. `multiples` are what the
     sides of other sizes must be multiples of; None means that the backend runs no other size.
 
     Raises:
         InvalidRequest: the size is not larger and windows are asked for, or the backend does not run it.
     """
     size = size or own
+    if len(size) != len(own):
+        raise InvalidRequest(
+            f"This worker makes nothing of {size_name(size)}: its own size is {size_name(own)}."
+        )
     if windows:
-        if size == own or size[0] < own[0] or size[1] < own[1]:
-            raise InvalidRequest(f"Only what is larger than {own[0]}x{own[1]} latent pixels has windows.")
+        if size == own or any(side < least for side, least in zip(size, own, strict=True)):
+            raise InvalidRequest(f"Only what is larger than {size_name(own)} latent pixels has windows.")
         grid = windows_over(size, own)
         return Geometry(size, own, grid, float(len(grid)))
-    if size != own and (multiple is None or any(side < 1 or side % multiple for side in size)):
-        raise InvalidRequest(f"This worker makes no images of {size[0]}x{size[1]} latent pixels.")
+    if size != own and not _is_made(size, multiples):
+        raise InvalidRequest(f"This worker makes no images of {size_name(size)} latent pixels.")
     return Geometry(size, size, None, prod(size) / prod(own))
+
+
+def _is_made(size: Size, multiples: Size | None) -> bool:
+    """Return whether a backend runs a size other than its own."""
+    return multiples is not None and all(
+        side > 0 and side % multiple == 0 for side, multiple in zip(size, multiples, strict=True)
+    )

@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class GroupKey(NamedTuple):
-    """The height and width of a group's rows, the name of their backbone, whether they are on the device."""
+    """The size of a group's rows, the name of their backbone, and whether they are on the device."""
 
     size: Size
     backbone: str = ""

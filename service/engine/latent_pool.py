@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.sizes import Size
 from ditserve.service.engine.trajectory import StepCoefficients
 
 Floats = npt.NDArray[np.float32]
@@ -35,7 +36,8 @@ class Gathered:
 class LatentPool:
     """`slots` latents of `shape` (C, H, W) with their solver history, for batches of at most `rows` rows.
 
-    With `clip` the estimates are clipped to -1..1.
+    Those of clips and volumes are (C, F, H, W), and all arithmetic is the same. With `clip` the estimates are
+    clipped to -1..1.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], *, rows: int, clip: bool) -> None:
@@ -50,7 +52,7 @@ class LatentPool:
         self._estimate: Floats = np.empty((rows, *shape), np.float32)
         self._scratch: Floats = np.empty((rows, *shape), np.float32)
 
-    def single(self, size: tuple[int, ...]) -> LatentPool:
+    def single(self, size: Size) -> LatentPool:
         """Return a pool like this one for one latent of another size."""
         return LatentPool(1, (self.shape[0], *size), rows=1, clip=self._clip)
 
@@ -130,7 +132,7 @@ class LatentPool:
         with np.errstate(all="ignore"):
             np.multiply(x, coefficients.x0_x, out=estimate)
             estimate += np.multiply(output, coefficients.x0_out, out=scratch)
-            finite: npt.NDArray[np.bool_] = np.all(np.isfinite(estimate), axis=(1, 2, 3))
+            finite: npt.NDArray[np.bool_] = np.all(np.isfinite(estimate), axis=tuple(range(1, x.ndim)))
             if self._clip:
                 np.clip(estimate, -1.0, 1.0, out=estimate)
             x *= coefficients.a

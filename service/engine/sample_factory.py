@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
 from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.source import first_frame
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches, Conditioning
 from ditserve.service.engine.geometry import geometry_of
@@ -50,7 +51,7 @@ class SampleFactory:
     ) -> None:
         config = backend.manifest.config
         self._channels, self._own_size = config.in_channels, config.image_size
-        self._size_multiple, self._caches = backend.size_multiple, caches
+        self._size_multiples, self._caches = backend.size_multiples, caches
         self._ladder, self._schedule, self._clock = ladder, schedule, clock
         self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
 
@@ -65,8 +66,9 @@ class SampleFactory:
         if unknown := {*request.rung.backbones, *request.requested.backbones} - self._caches.keys():
             detail = f"The model has no network {min(unknown)} any more; send the request again."
             raise ModelReplaced(detail, retry_after=1.0)
-        multiple, own = self._size_multiple, self._own_size
-        geometry = geometry_of(request.size, own=own, windows=request.windows, multiple=multiple)
+        geometry = geometry_of(
+            request.size, own=self._own_size, windows=request.windows, multiples=self._size_multiples
+        )
         if snapshot is not None and snapshot.latent.shape[1:] != geometry.size:
             raise ValueError(f"the snapshot of sample {request.id} is of another size")
         conditionings = {"": self._conditioning(request, "")}
@@ -83,9 +85,12 @@ class SampleFactory:
         )
         self._add_conditionings(sample)
         shape = (self._channels, *geometry.size)
-        if request.source is not None and request.source.latent.shape != shape:
+        source = request.source
+        if source is not None and source.latent.ndim < len(shape):
+            source = first_frame(source, shape[1])
+        if source is not None and source.latent.shape != shape:
             raise ValueError(f"the picture of sample {request.id} is of another size")
-        start = sample.begin(shape, self._schedule)
+        start = sample.begin(shape, self._schedule, source)
         if snapshot is None:
             return NewSample(sample, start, ())
         snapshot.resume(sample)

@@ -273,12 +273,14 @@ class Sample:
             conditions=self.composed,
         )
 
-    def begin(self, shape: tuple[int, ...], schedule: Schedule) -> Latent:
+    def begin(
+        self, shape: tuple[int, ...], schedule: Schedule, source: SourceLatent[Latent] | None = None
+    ) -> Latent:
         """Draw the noise (C, H, W) of the seed; return the latent before the first step."""
         noise: Latent = self.generator.standard_normal(shape, np.float32)
-        if self.request.source is None:
+        if source is None:
             return noise
-        self.source = NoisySource(self.request.source, noise, schedule)
+        self.source = NoisySource(source, noise, schedule)
         return self.source.start(self.level, self.rung.strength)
 
     def keep(self, latent: Latent, *, clean: bool = False) -> Latent:

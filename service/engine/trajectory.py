@@ -49,10 +49,13 @@ class StepCoefficients(NamedTuple):
         return np.isfinite(self.log_high)
 
     @classmethod
-    def of_samples(cls, rows: Sequence[Floats]) -> StepCoefficients:
-        """Return the columns (n, 1, 1, 1) for n samples, from the row (10,) of each one's next step."""
+    def of_samples(cls, rows: Sequence[Floats], axes: int) -> StepCoefficients:
+        """Return the columns for n samples whose latents have so many axes: (n, 1, 1, 1) for (C, H, W).
+
+        `rows` has the row (10,) of each one's next step.
+        """
         columns = np.stack(rows, axis=1)  # (10, n)
-        return cls(*columns.reshape(len(columns), -1, 1, 1, 1))
+        return cls(*columns.reshape(len(columns), -1, *(1,) * axes))
 
 
 class Trajectory:

@@ -159,6 +159,13 @@ class ModelOut(BaseModel):
     size_step: int | None = Field(
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
+    kind: Literal["picture", "clip", "volume"] = Field(description="What an image of this model is.")
+    formats: list[str] = Field(description="Of the files that its workers write, the usual one first.")
+    frames: int | None = Field(description="Of a clip, or the slices of a volume; null: of a picture.")
+    frames_step: int | None = Field(
+        description="Other numbers of frames that are multiples of this can be had; null: none."
+    )
+    fps: float | None = Field(description="Frames a second unless asked; null: of a picture.")
     text: bool = Field(description="Whether a condition may hold a `text`.")
     pictures: bool = Field(description="Whether a request may start from an `image`.")
     guidance: Literal["classifier-free", "embedded", "none"] = Field(

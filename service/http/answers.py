@@ -11,38 +11,40 @@ from dataclasses import dataclass
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
+from ditserve.service.formats import CONTENT_TYPES, FORMATS, MediaFormat
 from ditserve.service.http.answer_schemas import GenerateResponse, ImageOut
 from ditserve.service.http.context import server_timing
-from ditserve.service.http.schemas import Format, GenerateRequest
-from ditserve.service.jobs import Image, ImageFormat, Job, JobResult
+from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.jobs import Image, Job, JobResult
 
 JSON, MULTIPART = "application/json", "multipart/mixed"
-FORMATS: tuple[Format, ...] = ("png", "webp", "jpeg")
 
 
 @dataclass(frozen=True, slots=True)
 class Representation:
-    """The form of a response: its media type, and the format of the images in it."""
+    """The form of a response: its media type, and the format of the files in it."""
 
     media_type: str
-    format: ImageFormat
+    format: MediaFormat
 
 
-def negotiate(accept: str | None, request: GenerateRequest) -> Representation:
-    """Choose the form of a response. An image type in `Accept` chooses the format if the request names none.
+def negotiate(
+    accept: str | None, request: GenerateRequest, written: Sequence[MediaFormat] = FORMATS["picture"]
+) -> Representation:
+    """Choose the form of a response. A file's type in `Accept` chooses the format if the request names none.
+
+    `written` are the formats of the model's workers, of which the first is the usual one.
 
     Raises:
         NotAcceptable: `Accept` allows none of the forms.
     """
-    formats = (request.format,) if request.format else FORMATS
-    images = [f"image/{name}" for name in formats] if request.n == 1 else []
-    media_type = preferred(accept, [JSON, *images, MULTIPART])
+    formats = (request.format,) if request.format else written
+    files: dict[str, MediaFormat] = {CONTENT_TYPES[name]: name for name in formats} if request.n == 1 else {}
+    media_type = preferred(accept, [JSON, *files, MULTIPART])
     if media_type is None:
         several = " (for several images ask for application/json or multipart/mixed)" if request.n > 1 else ""
-        raise NotAcceptable(f"None of {', '.join([JSON, *images, MULTIPART])} is in Accept{several}.")
-    if media_type in images:
-        return Representation(media_type, formats[images.index(media_type)])
-    return Representation(media_type, request.format or "png")
+        raise NotAcceptable(f"None of {', '.join([JSON, *files, MULTIPART])} is in Accept{several}.")
+    return Representation(media_type, files.get(media_type, formats[0]))
 
 
 def preferred(accept: str | None, offers: Sequence[str]) -> str | None:
@@ -156,7 +158,7 @@ def _part(boundary: str, job: Job, image: Image) -> bytes:
 
 
 def _filename(job: Job, image: Image) -> str:
-    return f"{job.model}-{image.seed}.{image.content_type.rpartition('/')[2]}"
+    return f"{job.model}-{image.seed}.{job.format}"
 
 
 def _digest(content: bytes) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.manifest import Manifest, RungSpec
+from ditserve.model.spec.sizes import Size
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.fleet import LoadedAdapter
+from ditserve.service.formats import MediaFormat, kind_of
 from ditserve.service.http.answer_schemas import (
     AdapterOut,
     DefaultsOut,
@@ -18,7 +20,8 @@ from ditserve.service.http.answer_schemas import (
     RungOut,
     StretchOut,
 )
-from ditserve.service.http.sizes import size_text
+from ditserve.service.http.media import DEFAULT_FPS
+from ditserve.service.http.sizes import frame_count, size_text
 from ditserve.service.settings import Settings
 from ditserve.service.wire import fields_of
 
@@ -27,7 +30,8 @@ def describe(
     manifest: Manifest,
     settings: Settings,
     *,
-    size_step: int | None,
+    size_steps: Size | None,
+    formats: Sequence[MediaFormat],
     text_tokens: int | None,
     networks: Sequence[str] = (),
     adapters: Sequence[LoadedAdapter] | None = None,
@@ -35,7 +39,8 @@ def describe(
     """Return what the model of `manifest` takes within the limits of `settings`.
 
     Args:
-        size_step: the pixels that the sides of other sizes are multiples of; None: there are no others.
+        size_steps: what the sides of other sizes are multiples of, in pixels; None: there are no others.
+        formats: of the files that all workers write.
         text_tokens: the most tokens of a text; None: they are not counted.
         networks: what the workers run it in.
         adapters: those that all workers have loaded; None: not all take them.
@@ -45,9 +50,14 @@ def describe(
         version=manifest.version,
         description=manifest.description,
         size=size_text(manifest),
-        size_step=size_step,
+        size_step=None if size_steps is None else size_steps[-1],
+        kind=kind_of(manifest),
+        formats=list(formats),
+        frames=frame_count(manifest),
+        frames_step=size_steps[0] if size_steps and len(size_steps) == 3 else None,
+        fps=None if kind_of(manifest) == "picture" else manifest.fps or DEFAULT_FPS,
         text=manifest.config.text_size > 0,
-        pictures=encodes_pictures(manifest),
+        pictures=encodes_pictures(manifest) and kind_of(manifest) != "volume",
         guidance=manifest.guidance,
         text_tokens=text_tokens,
         networks=sorted(networks),

@@ -15,12 +15,13 @@ from pydantic import BaseModel
 from starlette.types import Receive
 
 from ditserve.service.errors import DeadlineExceeded, IdempotencyConflict
+from ditserve.service.formats import MediaFormat
 from ditserve.service.http.context import Api, Context, Unshared, caller, note
 from ditserve.service.http.models import Model
 from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Idempotency, Submission
-from ditserve.service.jobs import ImageFormat, JobResult
+from ditserve.service.jobs import JobResult
 from ditserve.service.rung import Rung
 
 
@@ -38,7 +39,7 @@ class Intake:
         drawing: GenerateRequest,
         *,
         body: BaseModel,
-        image_format: ImageFormat,
+        media_format: MediaFormat,
         rung: Rung | None = None,
         sharing: Sharing = "running",
     ) -> Submission:
@@ -48,9 +49,9 @@ class Intake:
         """
         idempotency = None
         if self.key is not None:
-            idempotency = Idempotency(self.key, self._fingerprint(body, image_format))
+            idempotency = Idempotency(self.key, self._fingerprint(body, media_format))
         sender = caller(self.request, idempotency=idempotency)
-        submit = partial(model.submissions.submit, caller=sender, image_format=image_format, rung=rung)
+        submit = partial(model.submissions.submit, caller=sender, media_format=media_format, rung=rung)
         submission = await submit(drawing, sharing=sharing)
         note(self.request, job=submission.job.id)
         if not submission.holder:
@@ -87,13 +88,13 @@ class Intake:
             submission = await submission.again()
         return submission, await self.api.result(model, submission, receive, keep=keep)
 
-    def _fingerprint(self, body: BaseModel, image_format: ImageFormat) -> str:
+    def _fingerprint(self, body: BaseModel, media_format: MediaFormat) -> str:
         """Return a digest that is equal for equal requests to the same route.
 
         Fields at their default are left out, so that a release with more fields computes the same.
         """
         fields = body.model_dump(mode="json", exclude_defaults=True)
-        content = json.dumps([self.request.scope["route"].path, fields, image_format], sort_keys=True)
+        content = json.dumps([self.request.scope["route"].path, fields, media_format], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

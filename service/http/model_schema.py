@@ -12,11 +12,13 @@ from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle, bundle_name
 from ditserve.model.spec.command_line import named_path, printable
 from ditserve.model.spec.errors import BundleError, ModelError
 from ditserve.model.spec.manifest import Manifest
-from ditserve.model.spec.network_config import graph_multiple
+from ditserve.model.spec.network_config import graph_multiples
 from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.pipeline_folder import holds_pipeline, read_pipeline, stated_licence
 from ditserve.model.spec.prompt_limit import PromptLimit
+from ditserve.model.spec.sizes import scaled
 from ditserve.service.exit_statuses import MISCONFIGURED
+from ditserve.service.formats import FORMATS, kind_of
 from ditserve.service.http.answer_schemas import FactorOut, ModelOut
 from ditserve.service.http.description import describe
 from ditserve.service.settings import Settings
@@ -42,11 +44,12 @@ def folder_schema(folder: Path, settings: Settings) -> ModelOut:
         ModelError: the folder holds neither, or says what cannot be.
     """
     manifest, pipeline = _open(folder)
-    step = graph_multiple(manifest.config)
+    steps = graph_multiples(manifest.config)
     return describe(
         manifest,
         settings,
-        size_step=None if step is None else step * manifest.upscale,
+        size_steps=steps and scaled(steps, manifest.upscale),
+        formats=FORMATS[kind_of(manifest)],
         text_tokens=PromptLimit(manifest.config, pipeline).tokens,
     )
 
@@ -73,6 +76,10 @@ def schema_text(model: ModelOut) -> str:
         rows["condition text"] = f"any{counted}"
     other = "no other as a whole" if model.size_step is None else f"others by multiples of {model.size_step}"
     rows["size"] = f"{model.size} pixels; {other}, larger ones in windows"
+    if model.frames is not None:
+        further = f"; others by multiples of {model.frames_step}" if model.frames_step else ""
+        rows["frames"] = f"{model.frames}{further}, shown at {model.fps:g} a second unless asked"
+    rows["files"] = ", ".join(model.formats)
     defaults = model.defaults
     counts = ", ".join(map(str, model.step_counts)) or f"1 to {model.limits.steps}"
     rows["steps"] = f"{counts}; {defaults.steps} by {defaults.sampler} ({defaults.grid}) unless asked"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -13,7 +13,10 @@ from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import QueueUnavailable
+from ditserve.service.fleet import WorkerState
+from ditserve.service.formats import EXTRAS, FORMATS, MediaFormat, kind_of
 from ditserve.service.http.canary import Canary
+from ditserve.service.http.media import check_format, written_formats
 from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.submission import Submissions
 from ditserve.service.queue.queue_client import QueueClient
@@ -65,6 +68,23 @@ class Model:
     @property
     def manifest(self) -> Manifest:
         return self.served.bundle.manifest
+
+    async def workers(self) -> Sequence[WorkerState]:
+        """Return the workers as they are known, without waiting long for Redis."""
+        await self.submissions.load.refresh()
+        load = self.submissions.load.last()
+        return () if load is None else load.workers
+
+    async def written_formats(self, asked: MediaFormat | None) -> tuple[MediaFormat, ...]:
+        """Return the formats that the workers write, of which `asked` must be one if it is named.
+
+        Raises `InvalidRequest`, `Overloaded`.
+        """
+        kind = kind_of(self.manifest)
+        # All workers write what needs no package of its own, so Redis need not be asked.
+        workers = await self.workers() if EXTRAS.keys() & FORMATS[kind] else ()
+        check_format(asked, kind, workers)
+        return written_formats(kind, workers)
 
 
 async def reloaded(models: Mapping[str, Model], settings: Settings) -> dict[str, Model]:

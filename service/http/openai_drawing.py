@@ -19,6 +19,7 @@ from starlette.types import Message
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.source import walked_steps
+from ditserve.service.formats import FORMATS, MediaFormat, kind_of
 from ditserve.service.http.answers import result_headers
 from ditserve.service.http.intake import Intake, replay_headers
 from ditserve.service.http.models import Model
@@ -101,9 +102,21 @@ async def _submitted(body: OpenAIOptions, model: Model, intake: Intake) -> Submi
         model,
         translate(body, model.submissions),
         body=body,
-        image_format=body.output_format or "png",
+        media_format=_format(body, model.manifest),
         rung=rung_for(body, model.submissions.ladder),
     )
+
+
+def _format(body: OpenAIOptions, manifest: Manifest) -> MediaFormat:
+    """Return the format that is asked for, or the usual one. Raises `InvalidRequest`."""
+    kind = kind_of(manifest)
+    chosen = body.output_format or ("png" if kind == "picture" else "webp")
+    if chosen not in FORMATS[kind]:
+        raise field_error(
+            "output_format",
+            f"This model makes {kind}s, which are no {chosen}: choose webp, or ask /generate.",
+        )
+    return chosen
 
 
 def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:
@@ -145,8 +158,9 @@ def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
     Raises:
         InvalidRequest: a variation is asked of a model that was not trained to draw without a condition.
     """
+    strength = body.model_dump(include={"strength"}, exclude_unset=True)
     if isinstance(body, EditRequest):
-        return {"image": body.image, "mask": body.mask, "strength": body.strength}
+        return {"image": body.image, "mask": body.mask} | strength
     if not isinstance(body, VariationRequest):
         return {}
     if manifest.guidance == "none" and not body.condition:
@@ -155,7 +169,7 @@ def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
             "No unconditional prediction of this model was trained, so it varies nothing by itself: give a "
             "condition, or send the picture and a prompt to /v1/images/edits.",
         )
-    return {"image": body.image, "strength": body.strength}
+    return {"image": body.image} | strength
 
 
 def rung_for(body: OpenAIOptions, ladder: Ladder) -> Rung | None:

@@ -34,7 +34,7 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
         raise field_error(field, sentence(error)) from None
     guided = guidance_scale(request, manifest) != 1.0
     decay = request.guidance_decay if guided else 0.0
-    strength = 1.0 if request.image is None else request.strength
+    strength = 1.0 if request.image is None else _strength(request, manifest)
     rung = ladder.requested(solver, steps, grid, (low, high), guided, decay=decay, strength=strength)
     if (request.min_steps or 1) > rung.walked:
         raise field_error("min_steps", f"It cannot be more than the {rung.walked} steps asked for.")
@@ -85,6 +85,12 @@ def sentence(error: ValueError) -> str:
     """Return the message of an error as a sentence: with a capital letter and a full stop."""
     message = str(error)
     return f"{message[:1].upper()}{message[1:]}."
+
+
+def _strength(request: GenerateRequest, manifest: Manifest) -> float:
+    """Return the strength of a request with a picture; of a clip, whose first frame stays, 1 unless asked."""
+    said = "strength" in request.model_fields_set
+    return request.strength if said or manifest.first_axis is None else 1.0
 
 
 def _steps(request: GenerateRequest, manifest: Manifest, schedule: Schedule) -> int:

@@ -11,14 +11,23 @@ from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import Overloaded
+from ditserve.service.formats import MediaFormat, kind_of
 from ditserve.service.http.adapters import RETRY_S, requested_adapters
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.operating_point import field_error, requested_rung
 from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
-from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
-from ditserve.service.jobs import AdapterUse, ImageFormat
+from ditserve.service.http.sizes import (
+    AskedSize,
+    OutputSize,
+    UnusableSize,
+    as_a_whole,
+    in_windows,
+    own_text,
+    picture_size,
+)
+from ditserve.service.jobs import AdapterUse
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 from ditserve.service.settings import Settings
@@ -31,12 +40,13 @@ class ResolvedRequest:
     """A request as this model understands it, with all defaults filled in."""
 
     request: GenerateRequest
-    image_format: ImageFormat
+    media_format: MediaFormat
     conditions: RequestedConditions
     rung: Rung
     output: OutputSize
     source: SourcePicture | None
     adapters: tuple[AdapterUse, ...]
+    fps: float
 
 
 class RequestReader:
@@ -91,26 +101,28 @@ class RequestReader:
 
         In windows every size is possible; as a whole the model's own, and those that every worker makes.
         """
-        own, max_area = size_text(self._manifest), self._settings.max_area
-        if request.windows:
-            if request.size is None:
-                raise field_error("windows", f"Name a size larger than the model's own, {own}.")
-            try:
-                return in_windows(request.size, self._manifest, max_area=max_area)
-            except ValueError as error:
-                raise field_error("size", str(error)) from None
-        if request.size in (None, own):
-            return OutputSize()
-        workers = (await self._load()).workers
-        if not workers:
-            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
+        manifest, max_area = self._manifest, self._settings.max_area
+        asked = AskedSize(request.size, request.frames)
+        if asked.frames is not None and kind_of(manifest) == "picture":
+            raise field_error("frames", "This model makes pictures, which have no frames: leave it out.")
+        if request.windows and asked == AskedSize():
+            raise field_error("windows", f"Name a size larger than the model's own, {own_text(manifest)}.")
         try:
-            return as_a_whole(request.size, self._manifest, workers, max_area=max_area)
-        except ValueError as error:
-            raise field_error("size", str(error)) from None
+            if request.windows:
+                return in_windows(asked, manifest, max_area=max_area)
+            if asked.is_own(manifest):
+                return OutputSize()
+            workers = (await self._load()).workers
+            if not workers:
+                raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
+            return as_a_whole(asked, manifest, workers, max_area=max_area)
+        except UnusableSize as error:
+            raise field_error(error.field, str(error)) from None
 
-    async def source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
-        """Return the picture that the request starts from, if any.
+    async def source(
+        self, request: GenerateRequest, output: OutputSize, *, strength: float
+    ) -> SourcePicture | None:
+        """Return the picture that the request starts from, if any; a clip has it as its first frame.
 
         Raises `InvalidRequest`, `PayloadTooLarge`, `TooManyUploads`.
         """
@@ -119,12 +131,17 @@ class RequestReader:
                 if name in request.model_fields_set and getattr(request, name) is not None:
                     raise field_error(name, "It needs an image to start from: send one, or leave it out.")
             return None
+        kind = kind_of(self._manifest)
+        if kind == "volume":
+            raise field_error("image", "This model makes volumes, which start from no picture: leave it out.")
+        if kind == "clip" and request.mask is not None:
+            raise field_error("mask", "A clip keeps its whole first frame and has no mask: leave it out.")
         if not encodes_pictures(self._manifest):
             raise field_error(
                 "image", "This model has no encoder of pictures: leave image out, or export the model again."
             )
         size = picture_size(self._manifest, output.size)
-        return await self._pictures.read(request.image, request.mask, size=size, strength=request.strength)
+        return await self._pictures.read(request.image, request.mask, size=size, strength=strength)
 
     async def adapters(self, request: GenerateRequest) -> tuple[AdapterUse, ...]:
         """Return the adapters that the request asks for. Raises `InvalidRequest`, `Overloaded`."""

@@ -25,6 +25,7 @@ from pydantic import (
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.source import DEFAULT_STRENGTH
 from ditserve.service.callback_url import MAX_URL
+from ditserve.service.formats import MAX_FPS, MediaFormat
 from ditserve.service.http.pictures import data_url_bytes
 
 Format = Literal["png", "webp", "jpeg"]
@@ -46,6 +47,7 @@ NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False), UnsignedZero]
 MAX_SEED = 2**53 - 1
 MAX_TERMS = 8
 MAX_PREVIEWS = 1000
+MAX_FRAMES = 4096
 MAX_LEVELS = 256
 MAX_ADAPTERS = 4
 # The key of a condition that holds a text and is no factor.
@@ -252,10 +254,20 @@ class GenerateRequest(DrawingOptions):
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
+    frames: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_FRAMES,
+        description="Frames of a clip, or slices of a volume, where the model makes one; null is its own.",
+    )
+    fps: Annotated[float, Field(ge=0.1, le=MAX_FPS, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Frames a second at which a clip plays, or a volume turns; null is the model's own rate.",
+    )
     image: PictureFile | None = Field(
         None,
-        description="The picture to start from: PNG, JPEG or WebP, as a data URL. The largest part in its "
-        "middle that has the shape of `size` is used.",
+        description="The picture to start from, of a clip its first frame: PNG, JPEG or WebP, as a data URL. "
+        "The largest part in its middle that has the shape of `size` is used.",
         examples=[f"data:image/png;base64,{PICTURE}"],
     )
     mask: PictureFile | None = Field(
@@ -265,7 +277,10 @@ class GenerateRequest(DrawingOptions):
         examples=[f"data:image/png;base64,{PICTURE}"],
     )
     strength: Strength = DEFAULT_STRENGTH
-    format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
+    format: MediaFormat | None = Field(
+        None,
+        description="File format, one of the model's `formats`; null follows `Accept`, else it is the first.",
+    )
     callback_url: str | None = Field(
         None,
         max_length=MAX_URL,

@@ -21,11 +21,13 @@ from ditserve.service.errors import (
     QueueFull,
     QueueUnavailable,
 )
+from ditserve.service.formats import MediaFormat
 from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.adapters import RETRY_S
 from ditserve.service.http.callbacks import check_callback
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
+from ditserve.service.http.media import frame_rate
 from ditserve.service.http.operating_point import (
     field_error,
     guidance_embedded,
@@ -37,7 +39,7 @@ from ditserve.service.http.request_reader import RequestReader, ResolvedRequest
 from ditserve.service.http.reuse import CacheOutcome, Lookup, Reuse, SharedJob, Sharing
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, EqualJobs, ImageFormat, Job, JobResult, JobStatus
+from ditserve.service.jobs import TERMINAL_STATES, EqualJobs, Job, JobResult, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
@@ -141,7 +143,7 @@ class Submissions:
         request: GenerateRequest,
         caller: Caller,
         *,
-        image_format: ImageFormat = "png",
+        media_format: MediaFormat = "png",
         rung: Rung | None = None,
         sharing: Sharing = "none",
     ) -> Submission:
@@ -166,8 +168,10 @@ class Submissions:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
-        source, adapters = await reader.source(request, output), await reader.adapters(request)
-        resolved = ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
+        source = await reader.source(request, output, strength=asked.strength)
+        adapters = await reader.adapters(request)
+        fps = frame_rate(request, self.manifest, media_format)
+        resolved = ResolvedRequest(request, media_format, conditions, asked, output, source, adapters, fps)
         lookup = self._reuse.lookup(sharing, seeded=request.seed is not None)
         return await self._admitted(resolved, caller, answer_by, lookup)
 
@@ -262,7 +266,7 @@ class Submissions:
             grid=rung.grid,
             guidance_scale=admission_request.guidance_scale,
             guidance_interval=rung.guidance_interval,
-            format=resolved.image_format,
+            format=resolved.media_format,
             previews=request.previews,
             caller=caller.name,
             priority=request.priority,
@@ -286,6 +290,8 @@ class Submissions:
             callback_url=request.callback_url or "",
             source=resolved.source,
             adapters=resolved.adapters,
+            fps=resolved.fps,
+            row_cost=resolved.output.row_cost,
         )
 
     def _job_id(self, caller: str, key: str) -> str:

@@ -30,7 +30,7 @@ from prometheus_client.registry import Collector
 
 from ditserve.service.errors import ERRORS
 from ditserve.service.fleet import LoadSnapshot
-from ditserve.service.images import CONTENT_TYPES
+from ditserve.service.formats import CONTENT_TYPES
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.load import backlog_workers, networks
 from ditserve.service.telemetry.gpus import gpus

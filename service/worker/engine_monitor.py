@@ -22,7 +22,8 @@ class WorkerIdentity:
     `name` is unique among all workers, ever: a restarted worker has a new one. `bundle` and `vocabulary` are
     digests of what it serves (`identity`); jobs of another vocabulary are refused. `origin` is that of the
     checkpoints it writes and goes on from (`handoff.checkpoint_origin`). `adapters` are those that it has
-    loaded, None if its backend takes none; jobs drawn with others are refused.
+    loaded, None if its backend takes none; jobs drawn with others are refused. `formats` are the files it
+    writes beyond those that every worker does.
     """
 
     name: str
@@ -32,6 +33,7 @@ class WorkerIdentity:
     origin: str = ""
     network: Network = field(default_factory=Network)
     adapters: tuple[LoadedAdapter, ...] | None = None
+    formats: tuple[str, ...] = ()
 
     def replaced(self, job: Job) -> str:
         """Return a sentence on what the job was made for and this worker no longer has; "" if it has all."""
@@ -87,6 +89,7 @@ class EngineMonitor:
             network=self._identity.network,
             bundle=self._identity.bundle,
             adapters=self._identity.adapters,
+            formats=self._identity.formats,
             given_rows=self._broker.given_rows(self._identity.name),
             last_step_age_s=self.step_age_s(),
             hang_s=self._hang_limit_s(),

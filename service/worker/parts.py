@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import lcm
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import negative_mark
@@ -20,6 +21,7 @@ from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
 from ditserve.service.fleet import Network
+from ditserve.service.formats import kind_of
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.costs import CostModel
@@ -30,6 +32,7 @@ from ditserve.service.queue.embeddings import Embeddings
 from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry.tracing import Tracing
+from ditserve.service.worker.clips import extra_formats
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.engine_monitor import WorkerIdentity
 from ditserve.service.worker.engine_thread import ProcessorWaits
@@ -142,6 +145,7 @@ def worker_parts(
         decoder=backend,
         ladder=engine.ladder,
         factors=manifest.factors,
+        kind=kind_of(manifest),
         unguided_scale=manifest.diffusion.unguided_scale,
         previews=previews,
         encoder=backend,
@@ -160,8 +164,20 @@ def worker_identity(name: str, model: ServedModel, backends: Mapping[str, Backen
         bundle=model.digest,
         vocabulary=vocabulary_digest(manifest),
         origin=checkpoint_origin(manifest, networks.strip()),
-        network=Network(backend.name, backend.precision, backend.size_multiple, backend.kernels),
+        network=_network(backend),
         adapters=None if backend.adapters is None else backend.adapters.loaded,
+        formats=extra_formats(),
+    )
+
+
+def _network(backend: Backend) -> Network:
+    sides = backend.size_multiples
+    return Network(
+        backend.name,
+        backend.precision,
+        None if sides is None else lcm(*sides[-2:]),
+        backend.kernels,
+        first_multiple=1 if sides is None or len(sides) < 3 else sides[0],
     )
 
 

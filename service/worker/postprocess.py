@@ -1,4 +1,4 @@
-"""From clean latents to image files, and from pictures to latents, in a thread beside the engine's.
+"""From clean latents to files, and from pictures to latents, in a thread beside the engine's.
 
 Both threads compute with the interpreter lock released.
 """
@@ -20,10 +20,11 @@ from ditserve.model.spec.source import SourceLatent
 from ditserve.service.backends import NO_ENCODER
 from ditserve.service.engine.samples import Finished, Preview
 from ditserve.service.errors import InvalidRequest
-from ditserve.service.images import CONTENT_TYPES, encode
+from ditserve.service.formats import CONTENT_TYPES, MediaKind
 from ditserve.service.jobs import Image
 from ditserve.service.source_picture import REPAINTED, SourcePicture, decode
 from ditserve.service.telemetry import metrics
+from ditserve.service.worker.media import encode_media, encode_preview, shown_part
 from ditserve.service.worker.running_job import EncodedImage, RunningJob, describe
 
 DECODED_AT_ONCE = 8
@@ -49,8 +50,8 @@ class Postprocessor:
     """The thread that decodes and encodes, one batch after the other.
 
     `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
-    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. `previews` decodes
-    previews; None: `decoder` does. `encoder` makes latents of pictures.
+    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. The model makes media
+    of this `kind`. `previews` decodes previews; None: `decoder` does. `encoder` makes latents of pictures.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class Postprocessor:
         decoder: Decoder,
         factors: Sequence[Factor] = (),
         *,
+        kind: MediaKind = "picture",
         unguided_scale: float = 1.0,
         previews: Decoder | None = None,
         encoder: PictureEncoder | None = None,
     ) -> None:
         self.pending = 0
+        self._kind = kind
         self._encoder = encoder
         self._decoder, self._factors, self._unguided_scale = decoder, factors, unguided_scale
         self._previews = previews or decoder
@@ -113,10 +116,10 @@ class Postprocessor:
         job = running.job
         seed = job.seeds[running.index(finished.id)]
         began = time.perf_counter()
-        if job.source is not None and finished.latent.shape[1:] != pixels.shape[:2]:
+        if job.source is not None and finished.latent.shape[1:] != pixels.shape[:-1]:
             pixels = _keep_pixels(pixels, job.source)
         metadata = describe(job, finished, seed, self._factors, unguided_scale=self._unguided_scale)
-        data = encode(pixels, job.format, metadata=metadata)
+        data = encode_media(pixels, self._kind, job.format, fps=job.fps, metadata=metadata)
         encode_s = time.perf_counter() - began
         metrics.ENCODE_SECONDS.labels(job.format).observe(encode_s)
         metrics.IMAGES.labels(job.format).inc()
@@ -137,7 +140,8 @@ class Postprocessor:
         return SourceLatent(latent, latent_mask(decode(picture.mask), latent.shape[1]))
 
     def _preview(self, job: RunningJob, preview: Preview) -> bytes:
-        return encode(self._previews.decode(preview.latent[None])[0], job.job.format, metadata={})
+        latent = shown_part(preview.latent, self._kind)
+        return encode_preview(self._previews.decode(latent[None])[0], self._kind, job.job.format)
 
 
 def warm_decoder(decoder: Decoder, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ditserve.service.engine.samples import Preview
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.images import CONTENT_TYPES
+from ditserve.service.formats import CONTENT_TYPES, preview_format
 from ditserve.service.jobs import EventKind, Lease
 from ditserve.service.planning.planner import Change
 from ditserve.service.queue.broker import Broker
@@ -47,7 +47,7 @@ class ProgressEvents:
             "step": preview.step,
             "steps": preview.steps,
             "image": image,
-            "content_type": CONTENT_TYPES[job.job.format],
+            "content_type": CONTENT_TYPES[preview_format(job.job.format)],
         }
         self._publish(job, "preview", data)
 

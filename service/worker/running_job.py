@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 from ditserve.model.spec.class_names import class_reference
@@ -76,9 +77,10 @@ class RunningJob:
 
     @property
     def rows(self) -> int:
-        """Return how many rows its missing images would take of one batch."""
+        """Return the rows that its missing images would take of one batch, by their tokens."""
         guided = self.job.guidance_scale != 1.0
-        return max(1, self.job.windows) * self.missing * (self.job.composed + guided)
+        cost = self.job.row_cost or max(1, self.job.windows)
+        return ceil(cost * self.missing * (self.job.composed + guided))
 
     def index(self, sample_id: str) -> int:
         """Return which of the job's images a sample is, from 0."""
@@ -231,6 +233,8 @@ def describe(
         "condition": json.dumps(terms if len(terms) > 1 else terms[0], ensure_ascii=False),
         **({"mix": job.mix} if len(terms) > 1 else {}),
         "seed": seed,
+        **({"frames": finished.latent.shape[1]} if finished.latent.ndim > 3 else {}),
+        **({"fps": job.fps} if job.fps else {}),
         **_steps(finished, job),
         "sampler": rung.solver,
         **({"noise_levels": f"[{rung.grid}]"} if is_explicit(rung.grid) else {"grid": rung.grid}),

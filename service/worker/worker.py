@@ -20,6 +20,7 @@ from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.samples import Failed, Latent, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
+from ditserve.service.formats import MediaKind
 from ditserve.service.jobs import Claim, Lease, Renewal
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.capacity import backlog_time
@@ -48,7 +49,8 @@ log = structlog.get_logger()
 class WorkerParts:
     """The parts that a worker is built from.
 
-    `factors` name the classes in the metadata of image files, which count guidance from `unguided_scale`.
+    `factors` name the classes in the metadata of files, which are of this `kind` and count guidance from
+    `unguided_scale`.
     `observe` is called with the report of every step, in the engine's thread. `previews` decodes previews in
     place of `decoder`. `encoder` makes latents of the pictures that requests start from.
     """
@@ -58,6 +60,7 @@ class WorkerParts:
     decoder: Decoder
     ladder: Ladder
     factors: Sequence[Factor] = ()
+    kind: MediaKind = "picture"
     unguided_scale: float = 1.0
     previews: Decoder | None = None
     encoder: PictureEncoder | None = None
@@ -80,6 +83,7 @@ class Worker:
         self._postprocessor = Postprocessor(
             parts.decoder,
             parts.factors,
+            kind=parts.kind,
             unguided_scale=parts.unguided_scale,
             previews=parts.previews,
             encoder=parts.encoder,
@@ -267,7 +271,7 @@ class Worker:
     async def _make_images(self, batch: Sequence[FinishedSample]) -> None:
         try:
             images = await self._postprocessor.images(batch)
-        except Exception:
+        except Exception as error:
             log.exception("decoding failed", samples=len(batch))
             if len(batch) > 1:
                 # The fault of one sample is not the fault of those decoded with it.
@@ -275,8 +279,10 @@ class Worker:
                     await self._make_images([sample])
                 return
             job, _ = batch[0]
+            if not isinstance(error, ServiceError):
+                error = InternalError("The image could not be decoded.")
             if job in self._jobs:
-                self._fail(job, InternalError("The image could not be decoded."))
+                self._fail(job, error)
             return
         for (job, _), image in zip(batch, images, strict=True):
             self._engine.observe_decode((image.decode_ms + image.encode_ms) / 1e3)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from ditserve.bench import report
 from ditserve.bench.variants.forward import NETWORKS, SCAN, ForwardCost, build, measure_forward
 from ditserve.bench.variants.scan import STATES, SelectiveScan
+from ditserve.bench.variants.table import VariantResult, markdown
 from ditserve.model.scaling.family import Family
 from tests.model.train.training_cases import tiny_run, write_pictures
 
@@ -45,6 +48,7 @@ def test_all_variants_stand_in_one_table(
         *("full", "full, 25% merged", "full, 50% merged", "windows")
     ]
     whole, _, merged, windows = record["trained"]
+    assert {row["beside"] for row in record["trained"]} == {"full"}
     assert len(whole["losses"]) == len(windows["distances"]) == 2
     assert merged["losses"] == []
     assert merged["macs"] < whole["macs"]
@@ -61,12 +65,65 @@ def test_all_variants_stand_in_one_table(
     assert [path.stat().st_mtime_ns for path in trained] == times
 
 
+def test_the_table_grows_with_every_network(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends in the middle has a table of what was done, and goes on there."""
+    judge = command.Judge.distance
+
+    def interrupted(self: object, variant: Any) -> float:
+        if variant.title == "windows":
+            raise KeyboardInterrupt
+        return float(judge(self, variant))
+
+    monkeypatch.setattr(command.Judge, "distance", interrupted)
+    assert command.main(arguments) == 130
+    record = json.loads((tmp_path / "results/variants.json").read_text())
+    assert [len(row["distances"]) for row in record["trained"]] == [1, 1, 1]
+    assert "One seed tells no variant from another" in (tmp_path / "results/variants.md").read_text()
+    assert "and with 1 of 2 seeds" in (tmp_path / "results/variants.md").read_text()
+    monkeypatch.setattr(command.Judge, "distance", judge)
+    assert command.main(arguments) == 0
+    record = json.loads((tmp_path / "results/variants.json").read_text())
+    assert [len(row["distances"]) for row in record["trained"]] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("distances", "row_ms", "pays"),
+    [
+        ([5.0, 5.2, 4.8], 10.0, True),
+        ([5.0, 5.2, 4.8], 11.0, False),
+        ([6.0, 6.4, 5.6], 9.0, True),
+        ([6.0, 6.4, 5.6], 9.9, False),
+        ([7.0, 7.2, 6.8], 9.0, False),
+    ],
+)
+def test_a_variant_pays_that_is_nearer_or_faster_and_not_worse(
+    distances: list[float], row_ms: float, pays: bool
+) -> None:
+    plain = VariantResult("full", "full", 64, 1, 1, 1, 1, 1, [0.1] * 3, [6.0, 6.2, 5.8], 10.0, 1, 1)
+    other = replace(plain, name="other", distances=distances, row_ms=row_ms)
+    text = markdown([plain, other], [], command.parse(["--flops", "4e12", "--seeds", "3"]))
+    assert ("Pay: other. Do not: none." in text) is pays
+    assert ("Pay: none. Do not: other." in text) is not pays
+
+
 def test_a_mistake_is_one_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*arguments, "--flops", "-1"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("bench.variants: ")
     assert message.count("\n") == 1
     assert command.main([*arguments, "--family", "nowhere.json"]) == 2
+
+
+def test_pictures_that_cannot_be_judged_are_refused_before_training(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = json.loads((tmp_path / "family.json").read_text())
+    (tmp_path / "family.json").write_text(json.dumps({**family, "set": ["data.size=32"]}))
+    assert command.main(arguments) == 2
+    assert "data.size is 32×32, and the classifier that judges reads 64×64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_family_that_ships_can_be_built() -> None:

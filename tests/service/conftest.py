@@ -58,7 +58,7 @@ class FakeBackend:
         weights: int = 1,
         **diffusion: Any,
     ) -> None:
-        self.buckets, self.size_multiple = buckets, size_multiple
+        self.buckets = buckets
         self.memory_rows = memory_rows
         self.batches: list[int] = []
         self.conditioned: list[int] = []
@@ -72,11 +72,15 @@ class FakeBackend:
             classes=(len(CLASSES),),
             learn_sigma=False,
         )
+        sides = (size_multiple or 1,) * len(config.image_size)
+        self.size_multiples = None if size_multiple is None else sides
         self.manifest = Manifest(
             name="fake",
             version="1",
             description="element-wise arithmetic",
             config=config,
+            first_axis="frames" if config.axes == 3 else None,
+            fps=12.0 if config.axes == 3 else None,
             diffusion=DiffusionSpec(
                 **{"schedule": "cosine", "prediction": "x0", "clip_x0": False, **diffusion}
             ),
@@ -111,9 +115,13 @@ class FakeBackend:
         if len(x) > self.memory_rows:
             raise OutOfMemory(f"{len(x)} rows")
         self.batches.append(len(x))
-        scale, shift = state
+        # (B, 3) of the channels, beside pictures (B, 3, H, W) or clips (B, 3, F, H, W).
+        scale, shift, slope = (
+            numbers.reshape(*numbers.shape, *(1,) * (x.ndim - 2))
+            for numbers in (state[0], state[1][:, 0], state[1][:, 1])
+        )
         bent = x / (np.float32(1.0) + x * x)
-        output = bent * scale[:, :, None, None] + shift[:, 0, :, None, None] + x * shift[:, 1, :, None, None]
+        output = bent * scale + shift + x * slope
         if self.manifest.config.learn_sigma:
             output = np.concatenate([output, np.sin(7.0 * output)], axis=1)  # the variance, in -1..1
         return np.asarray(output, np.float32)

@@ -17,7 +17,7 @@ from ditserve.model.spec.class_names import class_reference
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.engine.trajectory import make_trajectory
-from ditserve.service.http.sizes import in_windows, size_text
+from ditserve.service.http.sizes import AskedSize, in_windows, size_text
 from ditserve.service.identity import bundle_digest, vocabulary_digest
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Consent, Rung
@@ -100,7 +100,7 @@ def work_with(manifest: Manifest) -> None:
     vocabulary.term({factor.name: class_reference(factor, 0) for factor in manifest.factors}, 1.0)
     vocabulary.term(dict(manifest.golden.condition) if manifest.golden else {}, 1.0)
     height, width = (2 * side * manifest.upscale for side in manifest.config.image_size)
-    assert in_windows(f"{width}x{height}", manifest, max_area=4.0).windows
+    assert in_windows(AskedSize(f"{width}x{height}"), manifest, max_area=4.0).windows
     assert size_text(manifest)
     assert sum(int(np.prod(tensor.shape)) for tensor in manifest.state) >= 0
 

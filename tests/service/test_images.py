@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 from PIL import ExifTags, Image
 
-from ditserve.service.images import CONTENT_TYPES, encode, from_pixels, to_pixels
+from ditserve.service.formats import CONTENT_TYPES, MediaFormat
+from ditserve.service.images import encode, from_pixels, to_pixels
 
 METADATA = {"seed": "7", "condition": "Erdbeere 🍓", "sampler": "ddim"}
 
@@ -23,7 +24,7 @@ def pixels() -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize(("format", "tolerance"), [("png", 0), ("webp", 12), ("jpeg", 12)])
-def test_a_file_shows_the_picture(pixels: npt.NDArray[np.uint8], format: str, tolerance: int) -> None:
+def test_a_file_shows_the_picture(pixels: npt.NDArray[np.uint8], format: MediaFormat, tolerance: int) -> None:
     data = encode(pixels, format, metadata=METADATA)
     with Image.open(BytesIO(data)) as image:
         assert Image.MIME[image.format or ""] == CONTENT_TYPES[format]

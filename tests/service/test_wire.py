@@ -61,6 +61,8 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"min_quality": 0.25},
         {"source": SourcePicture(b"image", None, 1.0)},
         {"adapters": examples.ADAPTED_JOB.adapters},
+        {"size": (8, 48, 48), "format": "gif", "fps": 12.0},
+        {"format": "npz"},
     ]
     for change in newer:
         job = replace(plain, **change)
@@ -97,8 +99,10 @@ def test_fields_of_later_releases_have_defaults() -> None:
         del job[name]
     del job["negative_prompt"]
     del job["guidance_embedded"]
+    del job["fps"]
+    del job["row_cost"]
     del job["condition"][0]["text"]
-    for name in ("network", "dues", "bundle", "given_rows"):
+    for name in ("network", "dues", "bundle", "given_rows", "formats"):
         del state[name]
     assert Job.from_bytes(pack(job)) == examples.PLAIN_JOB
     assert WorkerState.from_bytes(pack(state)).dues == ()
@@ -118,7 +122,7 @@ def test_fields_of_later_releases_have_defaults() -> None:
         {"seeds": "777"},
         {"steps": "20"},
         {"guidance_scale": float("nan")},
-        {"format": "gif"},
+        {"format": "bmp"},
         {"caller": None},
         {"trace": {"traceparent": 1}},
         {"trace": []},

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
+from ditserve.service.formats import CONTENT_TYPES
 from ditserve.service.http.answer_schemas import CallbackOut, GenerateResponse, JobOut
 from ditserve.service.http.answers import negotiate, render
 from ditserve.service.http.body_reader import body_of
@@ -22,7 +23,7 @@ from ditserve.service.http.submission import Submission
 router = APIRouter()
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_IMAGES = {f"image/{name}": _BINARY for name in ("png", "webp", "jpeg")} | {"multipart/mixed": _BINARY}
+_FILES = dict.fromkeys((*CONTENT_TYPES.values(), "multipart/mixed"), _BINARY)
 _ERRORS = problem_responses(*BODY, NotAcceptable, *SUBMIT, *ENDED)
 
 
@@ -34,7 +35,7 @@ _ERRORS = problem_responses(*BODY, NotAcceptable, *SUBMIT, *ENDED)
     response_model=GenerateResponse,
     responses={
         200: {
-            "content": _IMAGES,
+            "content": _FILES,
             "description": "The images, as `Accept` asks: JSON, one file, or multipart.",
         },
         202: {"model": JobOut, "description": "Queued, as `Prefer: respond-async` asks; see `Location`."},
@@ -59,8 +60,9 @@ async def generate(
     that the client can come back for it.
     """
     respond_async = _responds_async(prefer)
-    representation = negotiate("application/json" if respond_async else request.headers.get("accept"), body)
     model = intake.api.model(body.model)
+    accept = "application/json" if respond_async else request.headers.get("accept")
+    representation = negotiate(accept, body, await model.written_formats(body.format))
     sharing: Sharing = "done" if respond_async else "running"
     if body.callback_url is not None:
         if not respond_async:
@@ -68,7 +70,7 @@ async def generate(
         # The job of another request has the address of that request.
         sharing = "none"
     submission = await intake.submit(
-        model, body, body=body, image_format=representation.format, sharing=sharing
+        model, body, body=body, media_format=representation.format, sharing=sharing
     )
     if respond_async:
         return await _accepted(submission, intake.api)

@@ -24,8 +24,9 @@ from ditserve.service.errors import (
     ServiceError,
     from_wire,
 )
+from ditserve.service.formats import CONTENT_TYPES
 from ditserve.service.http.answer_schemas import CallbackOut, JobOut, JobOutcome, Links, Problem
-from ditserve.service.http.answers import FORMATS, image_response, result_headers
+from ditserve.service.http.answers import image_response, result_headers
 from ditserve.service.http.context import Api, Context, JobLookup, PathJob
 from ditserve.service.http.feeds import END, EncodedEvent, Position
 from ditserve.service.http.openapi import problem_responses
@@ -79,7 +80,7 @@ async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     summary="An image of a job",
     response_class=Response,
     responses={
-        200: {"content": {f"image/{name}": {} for name in FORMATS}, "description": "The image file."},
+        200: {"content": {name: {} for name in CONTENT_TYPES.values()}, "description": "The file."},
         **problem_responses(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, JobLost, QueueUnavailable),
     },
 )

@@ -1,19 +1,19 @@
 """`GET /models`: the models served, with everything a client can choose."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ditserve.service.fleet import WorkerState
+from ditserve.service.formats import kind_of
 from ditserve.service.http.adapters import common_adapters
 from ditserve.service.http.answer_schemas import ModelsOut
 from ditserve.service.http.context import Api
 from ditserve.service.http.description import describe
+from ditserve.service.http.media import written_formats
 from ditserve.service.http.models import Model
-from ditserve.service.http.sizes import size_step
+from ditserve.service.http.sizes import size_steps
 from ditserve.service.settings import Settings
 
 router = APIRouter()
@@ -31,21 +31,15 @@ async def models(api: Api) -> Response:
 
 
 async def _description(model: Model, settings: Settings) -> dict[str, Any]:
-    workers = await _workers(model)
+    workers = await model.workers()
     networks = {str(worker.network) for worker in workers}
     described = describe(
         model.manifest,
         settings,
-        size_step=size_step(model.manifest, workers),
+        size_steps=size_steps(model.manifest, workers),
+        formats=written_formats(kind_of(model.manifest), workers),
         text_tokens=model.submissions.prompts.tokens,
         networks=sorted(networks),
         adapters=common_adapters(workers),
     )
     return described.model_dump(mode="json")
-
-
-async def _workers(model: Model) -> Sequence[WorkerState]:
-    """Return the workers as they are known, without waiting long for Redis."""
-    await model.submissions.load.refresh()
-    load = model.submissions.load.last()
-    return () if load is None else load.workers

@@ -32,7 +32,7 @@ def _page(name: str) -> tuple[bytes, dict[str, str]]:
     source = (files("ditserve.service.http") / "web" / name).read_text("utf-8")
     scripts, styles = (_csp_hashes(source, tag) for tag in ("script", "style"))
     policy = (
-        "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
+        "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; media-src 'self'; "
         f"script-src {scripts}; style-src {styles}; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ditserve.bench import report
-from ditserve.bench.load.workload import PROCESSES, Arrival, Traffic
+from ditserve.bench.load.workload import CLIP_COST, PROCESSES, Arrival, Traffic
 from ditserve.bench.simulate import __main__ as command
 from ditserve.bench.simulate.fleet import SimulatedFleet
 from ditserve.bench.simulate.outcome import offered_rate, simulate
@@ -156,3 +157,20 @@ def test_claims_by_deadline_keep_a_deep_queue_safe() -> None:
         for order in CLAIM_ORDERS
     )
     assert by_deadline.dropped < 0.01 < by_arrival.dropped
+
+
+def attained_by_cost(load: float) -> dict[float, float]:
+    """Return the share answered in time of stills, of row cost 1, and of clips, in a mix with 3 workers."""
+    traffic, cluster = Traffic(clips=0.3), replace(GPU, workers=3)
+    samples = SimulatedFleet(BY_NAME["planned every step"], cluster, seed=3).run(
+        traffic.draw(150, offered_rate(cluster, traffic, load), 3)
+    )
+    return {
+        cost: float(np.mean([sample.in_time for sample in samples if sample.row_cost == cost]))
+        for cost in (1.0, CLIP_COST)
+    }
+
+
+def test_clips_and_stills_in_one_queue_are_both_in_time() -> None:
+    assert attained_by_cost(0.4) == {1.0: 1.0, CLIP_COST: 1.0}
+    assert min(attained_by_cost(1.4).values()) >= 0.9

@@ -69,7 +69,13 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"experts": 4, "swiglu": True}, "leave out swiglu, or experts"),
         ({"experts": 17}, "experts 17 are more than the 16 tokens"),
         ({"experts": 4, "routing": "hash"}, "unknown routing 'hash': choose among expert_choice"),
-        ({"shared_expert": True}, "set experts, or leave it out"),
+        ({"shared_expert": True}, "shared_expert is for experts: set experts, or leave it out"),
+        ({"top_k": 2}, "top_k is for experts"),
+        ({"routing": "token_choice"}, "routing is for experts"),
+        (
+            {"attention": "low_rank:17"},
+            "low_rank:17 has more mixes than a picture has tokens at its level, 16",
+        ),
     ],
 )
 def test_configs_that_cannot_work_are_refused_with_the_remedy(

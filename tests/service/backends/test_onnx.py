@@ -17,17 +17,18 @@ from tests.service.tiny_bundle import CONFIG
 
 
 @pytest.mark.parametrize(
-    ("shape", "multiple"),
+    ("shape", "multiples"),
     [
         (["batch", 3, 8, 8], None),
-        (["batch", 3, "4*rows", "4*columns"], 4),
-        (["batch", 3, "rows", "columns"], 1),
+        (["batch", 3, "4*rows", "4*columns"], (4, 4)),
+        (["batch", 3, "rows", "columns"], (1, 1)),
+        (["batch", 3, "frames", "8*rows", "8*columns"], (1, 8, 8)),
         (["batch", 3, "4*rows", 8], None),
     ],
 )
-def test_sizes_are_free_where_the_graph_says_so(shape: list[Any], multiple: int | None) -> None:
+def test_sizes_are_free_where_the_graph_says_so(shape: list[Any], multiples: tuple[int, ...] | None) -> None:
     backend = pytest.importorskip("ditserve.service.backends.onnx", reason="onnxruntime is not installed")
-    assert backend.graph_size_multiple(shape) == multiple
+    assert backend.graph_size_multiples(shape) == multiples
 
 
 def test_a_model_without_conditions_has_the_embedding_zero(bundle: Bundle, tmp_path: Path) -> None:

@@ -109,9 +109,12 @@ class DeviceBackend(FakeBackend):
         if len(x) > self.memory_rows:
             raise OutOfMemory(f"{len(x)} rows")
         self.batches.append(len(x))
-        scale, shift = state
+        scale, shift, slope = (
+            numbers.view(*numbers.shape, *(1,) * (x.ndim - 2))
+            for numbers in (state[0], state[1][:, 0], state[1][:, 1])
+        )
         bent = x / (1.0 + x * x)
-        output = bent * scale[:, :, None, None] + shift[:, 0, :, None, None] + x * shift[:, 1, :, None, None]
+        output = bent * scale + shift + x * slope
         if not self.manifest.config.learn_sigma:
             return output
         variance = np.sin(7.0 * output.numpy())

@@ -25,7 +25,7 @@ def test_rows_lie_as_in_the_worked_example(make_backend: Make, make_request: Mak
     def sample(
         scale: float, size: tuple[int, int] | None = None, colours: Sequence[int] = (0,), **fields: Any
     ) -> Sample:
-        geometry = geometry_of(size, own=(4, 6), windows=size is not None, multiple=None)
+        geometry = geometry_of(size, own=(4, 6), windows=size is not None, multiples=None)
         request = make_request(condition=tuple(ConditionTerm((colour,)) for colour in colours), **fields)
         conditioning = caches.conditioning(request.condition, "compose" if len(colours) > 1 else "linear")
         trajectory = make_trajectory(rung, scale, schedule)
@@ -53,7 +53,7 @@ def test_windows_of_a_composed_sample_are_repeated_for_each_condition(
     caches = ConditionCaches(backend)
     terms = [ConditionTerm((0,), 2.0), ConditionTerm((1,), -1.0)]
     conditioning = caches.conditioning(terms, "compose")
-    geometry = geometry_of((6, 9), own=(4, 6), windows=True, multiple=None)
+    geometry = geometry_of((6, 9), own=(4, 6), windows=True, multiples=None)
     trajectory = make_trajectory(rung, 2.0, backend.manifest.diffusion.noise_schedule())
     sample = Sample(
         make_request(), {"": conditioning}, trajectory, geometry=geometry, floor=rung, added_at=0.0

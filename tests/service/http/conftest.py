@@ -19,11 +19,11 @@ from fastapi import FastAPI
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.fleet import WorkerState
+from ditserve.service.formats import CONTENT_TYPES
 from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
 from ditserve.service.identity import bundle_digest
-from ditserve.service.images import CONTENT_TYPES
 from ditserve.service.jobs import Claim, Image, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener

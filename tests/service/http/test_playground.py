@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from ditserve.service.api_keys import add
+from ditserve.service.fleet import Network
 from ditserve.service.images import encode
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.source_picture import decode
 from tests.conftest import wait_until
 from tests.service.http.conftest import MANIFEST, Browse, OpenStage, Serve, Stage
+from tests.service.http.test_clips import clip_manifest
 from tests.service.http.test_pictures import halves, saved
 
 pytestmark = pytest.mark.anyio
@@ -381,3 +383,25 @@ class TestInChromium:
             assert await page.evaluate("document.cookie") == ""
             await page.reload()
             await page.wait_for_selector("#go:enabled")
+
+    async def test_a_model_of_clips_is_asked_for_frames_and_shown_moving(
+        self, open_stage: OpenStage, serve: Serve, tmp_path: Path, browse: Browse
+    ) -> None:
+        (tmp_path / "manifest.json").write_text(json.dumps(clip_manifest("frames", fps=12.0)))
+        stage = await open_stage(bundle=tmp_path)
+        await stage.worker.report(formats=("mp4",), network=Network("stub", "fp32", 4, first_multiple=2))
+        async with browse(home(await serve(stage))) as page:
+            await page.wait_for_selector("#go:enabled")
+            assert await page.locator("#format option").all_text_contents() == ["webp", "gif", "apng", "mp4"]
+            await page.fill("#clip-frames", "16")
+            await page.fill("#fps", "10")
+            await page.click("#go")
+            await page.wait_for_selector("#facts:not([hidden])")
+            job = stage.worker.claimed[-1].job
+            assert (job.size, job.fps, job.format) == ((16, 16, 16), 10.0, "webp")
+            await page.click("summary")
+            await page.select_option("#format", "mp4")
+            await page.click("#go")
+            await page.wait_for_selector("figure:not(.waiting) video")
+            await page.locator("#wall button").first.click()
+            assert await page.input_value("#clip-frames") == "16"

@@ -10,7 +10,7 @@ import pytest
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.fleet import Network
-from ditserve.service.http.sizes import OutputSize, in_windows
+from ditserve.service.http.sizes import AskedSize, OutputSize, in_windows
 from tests.service.http.conftest import MANIFEST, Stage
 
 pytestmark = pytest.mark.anyio
@@ -90,10 +90,10 @@ def test_windows_over_latents_are_reckoned_in_pixels_of_the_image() -> None:
     config = {**MANIFEST["config"], "in_channels": 4}
     manifest = Manifest.model_validate({**MANIFEST, "config": config, "decoder": "small"})
     height, width = MANIFEST["config"]["image_size"]
-    wide = in_windows(f"{16 * width}x{8 * height}", manifest, max_area=4)
+    wide = in_windows(AskedSize(f"{16 * width}x{8 * height}"), manifest, max_area=4)
     assert wide == OutputSize((height, 2 * width), 3, 3.0)
     with pytest.raises(ValueError, match="multiples of 8"):
-        in_windows(f"{16 * width + 1}x{8 * height}", manifest, max_area=4)
+        in_windows(AskedSize(f"{16 * width + 1}x{8 * height}"), manifest, max_area=4)
 
 
 async def test_without_workers_only_the_models_own_size_is_known(open_stage: OpenStage) -> None:

@@ -26,8 +26,12 @@ FACTORS = (
     Factor(name="label", classes=("lemon", "strawberry")),
     Factor(name="style", classes=("noto", "twemoji")),
 )
+LATENT = np.zeros((3, 8, 8), np.float32)
 FINISHED = cast(
-    Finished, SimpleNamespace(steps_used=8, rung=Rung("half", "dpmpp-2m", 8, "uniform-t", (0.2, 0.8), 0.1))
+    Finished,
+    SimpleNamespace(
+        latent=LATENT, steps_used=8, rung=Rung("half", "dpmpp-2m", 8, "uniform-t", (0.2, 0.8), 0.1)
+    ),
 )
 
 
@@ -50,7 +54,7 @@ def test_a_file_says_how_to_draw_it_again(make_job: Callable[..., Job]) -> None:
 
 def test_a_file_names_listed_noise_levels_as_a_request_does(make_job: Callable[..., Job]) -> None:
     rung = Rung("ddim-3", "ddim", 3, "999,700,300", (0.0, 1.0), 0.0)
-    finished = cast(Finished, SimpleNamespace(steps_used=3, rung=rung))
+    finished = cast(Finished, SimpleNamespace(latent=LATENT, steps_used=3, rung=rung))
     metadata = describe(make_job(), finished, 7, FACTORS)
     assert json.loads(metadata["noise_levels"]) == [999, 700, 300]
     assert "grid" not in metadata
@@ -77,11 +81,11 @@ def test_a_picture_is_drawn_again_with_the_steps_and_the_strength_that_were_aske
 ) -> None:
     job = make_job(source=SourcePicture(b"", None, 0.4))
     rung = Rung("ddim-20", "ddim", 20, "trailing", (0.0, 1.0), 0.0, strength=0.4)
-    finished = cast(Finished, SimpleNamespace(steps_used=8, rung=rung))
+    finished = cast(Finished, SimpleNamespace(latent=LATENT, steps_used=8, rung=rung))
     metadata = describe(job, finished, 7, FACTORS)
     assert (metadata["steps"], metadata["strength"]) == ("20", "0.4")
     # One that was moved under way took steps of two rungs.
-    moved = cast(Finished, SimpleNamespace(steps_used=10, rung=rung))
+    moved = cast(Finished, SimpleNamespace(latent=LATENT, steps_used=10, rung=rung))
     assert describe(job, moved, 7, FACTORS)["steps"] == "10"
 
 
@@ -128,7 +132,7 @@ def test_a_job_of_an_earlier_release_is_looked_up_on_the_ladder(make_job: Callab
 
 def test_a_file_says_how_guidance_decayed_and_what_it_subtracted(make_job: Callable[..., Job]) -> None:
     rung = replace(FINISHED.rung, guidance_decay=0.75)
-    finished = cast(Finished, SimpleNamespace(steps_used=8, rung=rung))
+    finished = cast(Finished, SimpleNamespace(latent=LATENT, steps_used=8, rung=rung))
     terms = (ConditionTerm((1, None), 1.5), ConditionTerm((0, None), -0.5))
     job = make_job(condition=terms, mix="compose", negative_prompt="fog\0")
     metadata = describe(job, finished, 7, FACTORS)
@@ -139,6 +143,21 @@ def test_a_file_says_how_guidance_decayed_and_what_it_subtracted(make_job: Calla
         '"fog\\u0000"',
     )
     assert not {"guidance_decay", "negative_prompt"} & described(make_job()).keys()
+
+
+def test_a_clip_says_its_frames_and_a_rate_if_it_plays(make_job: Callable[..., Job]) -> None:
+    clip = cast(Finished, SimpleNamespace(latent=np.zeros((3, 6, 8, 8)), steps_used=8, rung=FINISHED.rung))
+    for fps, told in ((12.5, {"frames": "6", "fps": "12.5"}), (0.0, {"frames": "6"})):
+        metadata = describe(make_job(fps=fps), clip, 7, FACTORS)
+        assert {name: metadata[name] for name in ("frames", "fps") if name in metadata} == told
+    assert not {"frames", "fps"} & describe(make_job(), FINISHED, 7, FACTORS).keys()
+
+
+def test_a_job_counts_its_rows_by_their_tokens(make_job: Callable[..., Job]) -> None:
+    for row_cost, windows, rows in ((2.0, 0, 8), (0.3, 0, 2), (3.0, 3, 12), (0.0, 3, 12), (0.0, 0, 4)):
+        job = make_job(seeds=(1, 2), guidance_scale=2.0, row_cost=row_cost, windows=windows)
+        claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
+        assert RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None, None]).rows == rows
 
 
 def test_a_composed_job_takes_a_row_for_each_condition(make_job: Callable[..., Job]) -> None:

@@ -1,0 +1,181 @@
+"""Clips and stills of two models in one service: from the export to files that other programs play."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from ditserve.export.calibrate import TrajectorySettings
+from ditserve.export.ladder import LadderOptions
+from ditserve.export.onnx import ExportOptions, export_bundle
+from ditserve.model.sampling.denoise import Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import combine_conditions
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.solvers import step_table
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel
+from ditserve.service.images import to_pixels
+from tests.export.tiny import tiny_network, tiny_source
+from tests.test_end_to_end import ROOT, Service, wait_until
+
+Pixels = npt.NDArray[np.uint8]
+STILL = DiTConfig(
+    image_size=(16, 16),
+    patch_size=4,
+    in_channels=3,
+    hidden_size=32,
+    depth=2,
+    num_heads=2,
+    classes=(4, 2),
+    learn_sigma=False,
+)
+CLIP = replace(STILL, image_size=(6, 16, 16), rope=True)
+BODY = {"model": "clips", "condition": {"label": "star"}, "seed": 5, "steps": 6, "guidance_scale": 3.0}
+
+
+def export(folder: Path, config: DiTConfig, **manifest: Any) -> Path:
+    described = tiny_source(STILL).manifest.model_copy(update={"config": config, **manifest})
+    checked = type(described).model_validate(described.model_dump())
+    options = ExportOptions(
+        weights="fp32",
+        half="none",
+        trajectories=TrajectorySettings(samples=1, steps=10),
+        ladder=LadderOptions("none"),
+    )
+    export_bundle(LoadedModel(tiny_network(config), checked), folder, options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips") / "bundle"
+    return export(folder, CLIP, name="clips", first_axis="frames", fps=8.0)
+
+
+@pytest.fixture(scope="module")
+def service(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    stills = export(tmp_path_factory.mktemp("stills") / "bundle", STILL, name="stills")
+    log = tmp_path_factory.mktemp("service") / "log.txt"
+    running = Service(log, f"--bundle={stills},{bundle}", "--precision=fp32")
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in log.read_text()
+
+
+def drawn(service: Service, media_type: str, **fields: Any) -> bytes:
+    answer = service.client.post("/generate", json={**BODY, **fields}, headers={"accept": media_type})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, media_type), answer.text
+    return answer.content
+
+
+def frames_of(data: bytes) -> tuple[Pixels, int]:
+    """Return the frames of an animated picture, and the milliseconds that it plays."""
+    with Image.open(io.BytesIO(data)) as image:
+        frames = [(np.asarray(f.convert("RGB")), f.info["duration"]) for f in ImageSequence.Iterator(image)]
+    return np.stack([pixels for pixels, _ in frames]), round(sum(duration for _, duration in frames))
+
+
+@torch.no_grad()
+def expected(bundle: Path) -> Pixels:
+    """Return the frames that torch draws offline."""
+    model = load_model(bundle)
+    embedding = model.network.embed(torch.tensor([[3, 2]]))
+    conditions = combine_conditions([embedding], [1.0], "linear", 1)
+    denoiser = Denoiser(model.network, model.schedule, conditions, Guidance(3.0))
+    defaults = model.manifest.defaults
+    levels = noise_levels(defaults.grid, 6, model.schedule)
+    *_, x0 = denoise(denoiser, step_table(defaults.solver, levels, model.schedule), [5])
+    frames: Pixels = to_pixels(x0.numpy())[0]
+    return frames
+
+
+def test_a_clip_is_served_as_it_is_sampled_offline(service: Service, bundle: Path) -> None:
+    frames, plays_ms = frames_of(drawn(service, "image/apng"))
+    assert (frames.shape, plays_ms) == ((6, 16, 16, 3), 750)
+    assert np.abs(frames.astype(int) - expected(bundle)).max() <= 1
+    for media_type in ("image/webp", "image/gif"):
+        lossy, plays_ms = frames_of(drawn(service, media_type, fps=24))
+        assert (lossy.shape, plays_ms) == (frames.shape, 250)
+    with av.open(io.BytesIO(drawn(service, "video/mp4", fps=12)), "r") as container:
+        video = container.streams.video[0]
+        assert (len(list(container.decode(video))), video.average_rate) == (6, Fraction(12))
+
+
+def test_a_clip_may_be_longer_and_larger(service: Service) -> None:
+    asked: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+        ({"frames": 10}, (10, 16, 16, 3)),
+        ({"frames": 12, "windows": True}, (12, 16, 16, 3)),
+        ({"frames": 3, "size": "32x16"}, (3, 16, 32, 3)),
+    ]
+    for fields, shape in asked:
+        frames, _ = frames_of(drawn(service, "image/apng", **fields))
+        assert frames.shape == shape
+    still = Image.open(io.BytesIO(drawn(service, "image/webp", frames=1)))
+    assert (still.size, getattr(still, "n_frames", 1)) == ((16, 16), 1)
+
+
+def test_stills_are_drawn_beside_clips_and_keep_their_formats(service: Service) -> None:
+    clips = {model["name"]: model for model in service.client.get("/models").json()["models"]}
+    assert [clips[name]["kind"] for name in ("stills", "clips")] == ["picture", "clip"]
+    still = Image.open(io.BytesIO(drawn(service, "image/png", model="stills")))
+    assert still.size == (16, 16)
+    refused = service.client.post("/generate", json={**BODY, "model": "stills", "frames": 2})
+    assert refused.status_code == 422
+    assert "frames: This model makes pictures" in refused.json()["detail"]
+
+
+def test_a_clip_is_drawn_again_where_its_worker_died_and_stills_go_on(service: Service) -> None:
+    long = {**BODY, "steps": 700, "frames": 24, "previews": 40, "format": "apng"}
+    job = service.client.post("/generate", json=long, headers={"prefer": "respond-async"}).json()
+    wait_until(lambda: state_of(service, job)["step"] > 0, "the first step", timeout_s=60)
+    os.kill(worker_of(service, job), signal.SIGKILL)
+    drawn(service, "image/png", model="stills", steps=6)
+    wait_until(lambda: state_of(service, job)["state"] == "done", "the clip", timeout_s=120)
+    assert state_of(service, job)["attempt"] == 2
+    again, _ = frames_of(service.client.get(job["links"]["images"][0]).content)
+    alone, _ = frames_of(drawn(service, "image/apng", **{**long, "previews": 0}))
+    np.testing.assert_array_equal(again, alone)
+    events = service.client.get(job["links"]["events"]).text
+    assert '"content_type":"image/webp"' in events
+
+
+def test_the_command_line_saves_a_clip(service: Service, tmp_path: Path) -> None:
+    target = tmp_path / "star.gif"
+    command = [sys.executable, "-m", "service", "generate", "star", "--model=clips", "--steps=4", "--fps=10"]
+    done = subprocess.run(
+        [*command, f"--url={service.url}", "-o", str(target)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(target)), done.stderr
+    frames, plays_ms = frames_of(target.read_bytes())
+    assert (len(frames), plays_ms) == (6, 600)
+    with Image.open(target) as image:
+        written = json.loads(image.info["comment"])
+    assert (written["frames"], written["fps"], written["steps"]) == ("6", "10.0", "4")
+
+
+def worker_of(service: Service, job: dict[str, Any]) -> int:
+    """Return the process that draws a job: its number is part of the worker's name."""
+    with service.client.stream("GET", job["links"]["events"]) as stream:
+        started = next(line for line in stream.iter_lines() if '"worker"' in line)
+    return int(json.loads(started.removeprefix("data: "))["worker"].split("-")[-2])
+
+
+def state_of(service: Service, job: dict[str, Any]) -> dict[str, Any]:
+    return dict(service.client.get(job["links"]["self"]).json())
