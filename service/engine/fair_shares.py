@@ -4,9 +4,9 @@ A flow is a caller at one priority, as in the queue, and the priority gives its 
 queueing (Goyal et al. 1996): every pass is charged to the flows whose rows it ran, divided by their weights,
 and the flow that was charged least is next. The unit is a row of the bundle's own size in a full pass, and
 not a second: a machine that is ten times as slow for a while leaves no debts ten times as large. A flow
-starts level with the one furthest behind, so nobody saves up a share that he did not use. The sizes of one
-flow share its part in the same way, weighted by the rows that wait, so that samples of small and of large
-sizes advance equally fast.
+starts level with the one furthest behind, so nobody saves up a share that he did not use. Of the sizes of
+one flow the one with the earliest deadline is next. Samples without a deadline share their flow's part by
+size, weighted by the rows that wait, so that small and large ones advance equally fast.
 
 Deadlines come before shares, but not at any price. A sample without laxity goes first, until its flow is
 ahead by so many passes as the shortest sample of another flow has steps, and by `LONGEST_LEAD` at most, or by
@@ -73,6 +73,11 @@ class Turn(NamedTuple, Generic[S_co]):
     cost: float
     full_cost: float
 
+    @property
+    def patient(self) -> bool:
+        """True for a sample without a deadline."""
+        return self.waits and not self.urgent
+
 
 TurnsByFlow: TypeAlias = Mapping[Flow, Sequence[Turn[S]]]
 
@@ -126,10 +131,15 @@ class FairShares:
             flow = turn.sample.flow
             if turn.urgent and flow in first:
                 return 0, turn.due
-            ahead = self._sizes[flow][turn.size] if flow in self._sizes else 0.0
-            return 1, self._flows[flow], ahead, not turn.urgent, turn.due
+            return 1, self._flows[flow], not turn.urgent, turn.due
 
-        return min(chain.from_iterable(flows.values()), key=key).size
+        next_turn = min(chain.from_iterable(flows.values()), key=key)
+        if not next_turn.patient:
+            return next_turn.size
+        flow = next_turn.sample.flow
+        leads = self._sizes.get(flow) or Leads()
+        patient = (turn for turn in flows[flow] if turn.patient)
+        return min(patient, key=lambda turn: (leads[turn.size], turn.due)).size
 
     def order(self, flows: TurnsByFlow[S], first: Collection[Flow], size: Hashable) -> Iterator[Turn[S]]:
         """Yield the turns of one size in the order in which a pass takes them in.
@@ -173,7 +183,7 @@ class FairShares:
         charges = dict.fromkeys(flows, 0.0)
         for turn in chosen:
             charges[turn.sample.flow] += rate * turn.cost
-        self._charge_sizes(flows, chosen[0].size, charges)
+        self._charge_sizes(flows, chosen, rate)
         taken = set(map(id, chosen))
         losing = {flow for flow, turns in flows.items() if flow in slowed or _loses(turns, taken)}
         if not losing or len(flows) == 1:
@@ -185,17 +195,22 @@ class FairShares:
             self._flows.charge(flow, share if flow in losing else max(share, least))
         self._flows.level(charges)
 
-    def _charge_sizes(self, flows: TurnsByFlow[S], size: Hashable, charges: Mapping[Flow, float]) -> None:
-        """Charge a pass of one size to that size in every flow, by what a step of all its samples costs."""
+    def _charge_sizes(self, flows: TurnsByFlow[S], chosen: Sequence[Turn[S]], rate: float) -> None:
+        """Charge a pass to its size in every flow, by what a step of all its patient samples costs."""
+        size = chosen[0].size
         several: dict[Flow, Leads[Hashable]] = {}
         for flow, turns in flows.items():
-            sizes = {turn.size for turn in turns}
-            if len(sizes) == 1:
+            costs: dict[Hashable, float] = {}
+            for turn in turns:
+                if turn.patient:
+                    costs[turn.size] = costs.get(turn.size, 0.0) + turn.cost
+            if len(costs) < 2:
                 continue
             leads = several[flow] = self._sizes.get(flow) or Leads()
-            if size in sizes:
-                leads.charge(size, charges[flow] / sum(turn.cost for turn in turns if turn.size == size))
-            leads.level(sizes)
+            taken = sum(turn.cost for turn in chosen if turn.patient and turn.sample.flow == flow)
+            if taken:
+                leads.charge(size, rate * taken / costs[size])
+            leads.level(costs)
         self._sizes = several
 
 

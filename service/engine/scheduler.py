@@ -1,12 +1,12 @@
 """The scheduler: which samples take their next step together, and in how many rows.
 
-Callers share the machine by their weights, and so do the row sizes of a caller (`fair_shares`); only rows of
-one size share a pass. Among the samples of one caller the earliest deadline goes first until zero laxity
-(EDZL, Cho et al. 2002). A sample takes its steps one after the other. One that must be in every batch from
-now on to be done in time, one without laxity, goes before those that can wait, as far as its caller's lead
-allows. No sample joins that would make the passes too long for it, or for a caller of few rows, whose share
-of the machine is one of its time. A batch has as many rows as the cost model finds worthwhile and the budget
-of tokens holds; it is padded to a bucket where the backend runs fixed sizes.
+Callers share the machine by their weights (`fair_shares`); only rows of one size share a pass. Among the
+samples of one caller, of any size, the earliest deadline goes first until zero laxity (EDZL, Cho et al.
+2002). A sample takes its steps one after the other. One that must be in every batch from now on to be done in
+time, one without laxity, goes before those that can wait, as far as its caller's lead allows. No sample joins
+that would make the passes too long for it, or for a caller of few rows, whose share of the machine is one of
+its time. A batch has as many rows as the cost model finds worthwhile and the budget of tokens holds; it is
+padded to a bucket where the backend runs fixed sizes.
 
 Pure: no clock, no network, no arrays; what it orders comes in as arguments. It does not decide which jobs are
 claimed (the broker), or at what quality they run (the planner).
@@ -108,8 +108,9 @@ class Scheduler:
         caps this pass at 2 rows (1.1 s), because 3 take 1.2 s. The most urgent one of the others joins it.
         """
         flows: dict[Flow, list[Turn[S]]] = {}
+        longest_s = max((self._full_pass_s(group) for group in candidates), default=0.0)
         for group in candidates:
-            for turn in self._turns(group, now):
+            for turn in self._turns(group, now, longest_s):
                 flows.setdefault(turn.sample.flow, []).append(turn)
         if not flows:
             return Batch((), "idle")
@@ -138,7 +139,7 @@ class Scheduler:
 
         A sample without laxity caps how long this pass may take, and so does a flow of few rows.
         """
-        room, full_pass_s = self._room(group), self._seconds(group, self._full_rows(group))
+        room, full_pass_s = self._room(group), self._full_pass_s(group)
         chosen: list[Turn[S]] = []
         taken = 0
         for turn in order:
@@ -223,19 +224,22 @@ class Scheduler:
         full_passes = self._seconds(group, rows) / full_pass_s if full_pass_s else rows / room
         return group.row_cost * room * full_passes
 
-    def _turns(self, group: Candidates[S], now: float) -> Iterator[Turn[S]]:
+    def _full_pass_s(self, group: Candidates[S]) -> float:
+        return self._seconds(group, self._full_rows(group))
+
+    def _turns(self, group: Candidates[S], now: float, longest_s: float) -> Iterator[Turn[S]]:
         """Yield the turns of a group.
 
-        A sample has laxity if it could still be done in time after it waited one full pass.
+        A sample has laxity if it could still be done in time after it waited for the longest full pass of any
+        size.
         """
-        full = self._full_rows(group)
-        full_pass_s, full_cost = self._seconds(group, full), full * group.row_cost
+        full_pass_s, full_cost = self._full_pass_s(group), self._full_rows(group) * group.row_cost
         for sample in group.samples:
             due, urgent = sample.deadline_at, False
             if due is None:
                 due = sample.added_at + PATIENCE_S + PATIENCE_LENGTHS * sample.steps * full_pass_s
             else:
-                urgent = due - now <= (SAFETY_MARGIN * sample.least_steps + 1) * full_pass_s
+                urgent = due - now <= SAFETY_MARGIN * sample.least_steps * full_pass_s + longest_s
             yield Turn(
                 sample,
                 group.size,

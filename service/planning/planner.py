@@ -158,18 +158,18 @@ class Planner:
 def _pass(samples: Sequence[PlannedSample], costs: CostModel, max_rows: int) -> tuple[float, float]:
     """Return the rows of a pass while all samples are there, and its seconds.
 
-    Rows of different backbones share no pass: where samples stand on several, it is one pass of each.
+    Rows of different sizes or backbones share no pass: where samples are of several, it is one pass of each.
     """
     saturation = costs.saturation_rows(max_rows)
-    rows: dict[tuple[str, float], float] = {}
+    rows: dict[tuple[str, float, float], int] = {}
     for sample in samples:
         part = stretch_at(sample.rung.stretches, sample.noise)
-        own = sample.row_cost * (sample.conditions + (sample.guided and part.guided))
-        key = part.backbone, part.row_cost
-        rows[key] = rows.get(key, 0.0) + own
+        key = part.backbone, part.row_cost, sample.row_cost
+        rows[key] = rows.get(key, 0) + sample.conditions + (sample.guided and part.guided)
     batch = seconds = 0.0
-    for (_, row_cost), at_once in rows.items():
-        together = max(1, min(saturation, ceil(at_once)))
-        batch += row_cost * together
-        seconds += row_cost * costs.predict(together)
+    for (_, backbone_cost, size_cost), at_once in rows.items():
+        # In rows of the bundle's own size. A pass has one row at least, however large.
+        together = max(ceil(size_cost), min(saturation, ceil(size_cost * at_once)))
+        batch += backbone_cost * together
+        seconds += backbone_cost * costs.predict(together)
     return batch or 1.0, seconds or costs.predict(1)

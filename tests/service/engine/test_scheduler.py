@@ -73,6 +73,31 @@ def test_a_sample_without_laxity_goes_before_one_that_can_wait() -> None:
     assert names(scheduler, [free, short], now=0.0, tick=1.0) == ["short"]
 
 
+def stills_and_clips(still: Waiter, clip: Waiter) -> list[Candidates[Waiter]]:
+    """Return candidates of two sizes: a pass of one still takes 0.1 s, and one of clips 8 s."""
+    return [
+        Candidates([still], 8, lambda rows: 0.1 * rows, size="stills"),
+        Candidates([clip], 8, lambda rows: 8.0, row_cost=8.0, size="clips"),
+    ]
+
+
+def test_of_the_sizes_of_one_caller_the_earliest_deadline_goes_first_whatever_ran_before() -> None:
+    scheduler = Scheduler(max_rows=8)
+    sizes = stills_and_clips(Waiter("still", deadline_at=60.0), Waiter("clip", deadline_at=90.0))
+    for _ in range(20):
+        assert [sample.name for sample in scheduler.next_batch(sizes, now=0.0).samples] == ["still"]
+
+
+@pytest.mark.parametrize(("due", "second"), [(8.5, "still"), (40.0, "clip")])
+def test_a_sample_that_cannot_wait_for_a_pass_of_another_size_has_no_laxity(due: float, second: str) -> None:
+    scheduler = Scheduler(max_rows=8)
+    still = Waiter("still", deadline_at=due, least_steps=5, taken=1, steps=6, flow=Flow("a", 1.0))
+    clip = Waiter("clip", taken=1, steps=6, flow=Flow("b", 1.0))
+    # The caller of the still is ahead after its first pass.
+    chosen = [scheduler.next_batch(stills_and_clips(still, clip), now=0.0).samples[0].name for _ in range(2)]
+    assert chosen == ["still", second]
+
+
 def test_no_sample_joins_that_makes_passes_too_long_for_one_without_laxity() -> None:
     scheduler = Scheduler(max_rows=8)
     others = [Waiter(str(k), deadline_at=1000.0) for k in range(8)]
