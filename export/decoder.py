@@ -45,6 +45,9 @@ def write_decoder(
         for part in (file, data_file(file)):
             if part.is_file():
                 shutil.copy(part, folder)
+    small = graph.with_name(SMALL_AUTOENCODER)
+    if small.is_dir():
+        copy_small_autoencoder(small, folder / SMALL_AUTOENCODER)
     return {}
 
 

@@ -20,8 +20,10 @@ DEFAULT = "minilm"
 EMOJI_PARTS = re.compile("[\u200d\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
 # Signs of prose, such as ° and ©, come before; the first pictographs are arrows.
 FIRST_PICTOGRAPH = "\u2190"
-# Of old pictographs these words tell how they are printed: ❤ is the "heavy black heart".
-PRINT = re.compile("(heavy |black |white )+")
+# Of pictographs older than these, but for squares, the words tell how they are printed: ❤ is the "heavy black
+# heart", while 🖤 is a black one.
+FIRST_COLOURED = "\u2c00"
+PRINT = re.compile("(heavy |black |white )+(?!.*square)")
 
 
 def spell_pictographs(text: str) -> str:
@@ -38,7 +40,7 @@ def _spelled(character: str) -> str:
     if character < FIRST_PICTOGRAPH or unicodedata.category(character) != "So":
         return character
     name = unicodedata.name(character, "").lower()
-    return f" {PRINT.sub('', name, count=1)} "
+    return f" {PRINT.sub('', name, count=1) if character < FIRST_COLOURED else name} "
 
 
 def is_encoder_class(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -11,10 +10,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ditserve.model.data.dataset import DataError, Dataset
+from ditserve.model.data.latents import Latents
 from ditserve.model.spec.bundle import MANIFEST, Bundle
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import network_fields, own_config
 
 # Attention and MLP of every block, of a DiT or a U-Net.
@@ -79,12 +79,20 @@ def fields_of_base(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "model": model, "diffusion": noise, **({} if data is None else {"data": data})}
 
 
-def in_classes_of(dataset: Dataset, factors: Sequence[Factor], source: Path) -> Dataset:
-    """Return a data set whose classes have the numbers of `factors`; a factor that it lacks is not given.
+def in_terms_of(manifest: Manifest, dataset: Dataset, source: Path) -> Dataset:
+    """Return a data set as a bundle numbers its classes and normalises its latents.
+
+    A factor that it lacks is not given.
 
     Raises:
-        DataError: it has a factor or a class that is not among them.
+        DataError: it has a factor or a class that the bundle has not, or pictures in place of latents.
     """
+    factors, latents = manifest.factors, manifest.latents
+    if latents is not None and not isinstance(dataset, Latents):
+        raise DataError(
+            f"{source} holds pictures, the bundle to adapt denoises latents: "
+            "encode them by model.data latents"
+        )
     columns = {factor.name: column for factor, column in zip(dataset.factors, dataset.labels.T, strict=True)}
     own = {factor.name: factor.classes for factor in dataset.factors}
     known = {factor.name: factor.classes for factor in factors}
@@ -104,4 +112,7 @@ def in_classes_of(dataset: Dataset, factors: Sequence[Factor], source: Path) -> 
     stacked = np.stack(labels, axis=1) if labels else np.zeros((len(dataset.labels), 0), np.int64)
     # Pictures and latents are dataclasses of these fields.
     changed: Any = replace(cast(Any, dataset), labels=stacked, factors=tuple(factors))
+    if latents is not None:
+        shift, scale = np.array([latents.shift, latents.scale], np.float32)[..., None, None]
+        changed = replace(changed, shift=shift, scale=scale)
     return cast(Dataset, changed)

@@ -19,7 +19,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.spec.sizes import Size, size_name
-from ditserve.model.train.base_model import LowRankConfig, base_bundle, fields_of_base, in_classes_of
+from ditserve.model.train.base_model import LowRankConfig, base_bundle, fields_of_base, in_terms_of
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
 from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
 from ditserve.model.train.run_config import (
@@ -244,7 +244,7 @@ class TrainConfig(RunConfig):
     def open_dataset(self, path: Path | None = None) -> Dataset:
         """Open the data, at `path` if it has moved.
 
-        That of a run with `lora` has the classes of its bundle.
+        That of a run with `lora` has the classes and the normalisation of its bundle.
 
         Raises:
             DataError: it is not there or cannot be trained on.
@@ -252,7 +252,7 @@ class TrainConfig(RunConfig):
         dataset = self.data.open(path)
         if self.lora is None:
             return dataset
-        return in_classes_of(dataset, base_bundle(self.init).manifest.factors, self.data.path)
+        return in_terms_of(base_bundle(self.init).manifest, dataset, self.data.path)
 
     def stage_sizes(self, dataset: Dataset) -> list[tuple[int, Size]]:
         """Return (first step after the stage, size) for every stage; clips keep their number of frames.

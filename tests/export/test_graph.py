@@ -238,6 +238,10 @@ def test_a_small_autoencoder_comes_along_for_what_draws_with_torch(tmp_path: Pat
         name for name in listed if "/" in name
     }
     assert open_decoder(latent, own).factor == 2
+    again = tmp_path / "again"
+    again.mkdir()
+    write_decoder(latent, again, graph=bundle / DECODER)
+    assert fingerprint(again / "autoencoder") == fingerprint(folder)
     # The graphs hold no second copy of its weights.
     for name in (DECODER, ENCODER):
         tensors = onnx.load(bundle / name, load_external_data=False).graph.initializer

@@ -50,7 +50,7 @@ def test_a_bundle_does_not_choose_what_is_imported() -> None:
         ("a 🐱 with 🕶️", "a cat face with dark sunglasses"),
         ("👩🏽‍🚀", "woman rocket"),
         ("❤️", "heart"),
-        ("⬛", "large square"),
+        ("🖤 ⬛ ☎", "black heart black large square telephone"),
         ("5 °C, café, 睡觉的猫, ©", "5 °C, café, 睡觉的猫, ©"),
         ("\ue000 \U0001f9ff", "\ue000 nazar amulet"),
     ],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from ditserve.model.data.dataset import DataError
+from ditserve.model.data.examples import Examples
+from ditserve.model.data.latents import Latents, Moments
 from ditserve.model.nets.lora import AdapterBank, adaptable_layers
 from ditserve.model.spec.adapters import adapter_files
 from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.train import training
+from ditserve.model.train.base_model import in_terms_of
 from ditserve.model.train.checkpoint import CheckpointError
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.dry_run import estimate_memory, estimate_stages, format_estimate
@@ -88,6 +93,22 @@ def test_classes_are_the_base_s_by_name(tmp_path: Path, base: Path) -> None:
     assert Trainer(TrainConfig.model_validate(unknown)).dataset.labels.tolist() == [[3, 2], [3, 2]], (
         "not given"
     )
+
+
+def test_latents_are_normalised_as_those_of_the_base(tmp_path: Path, base: Path) -> None:
+    pictures = Trainer(made(tmp_path, base)).dataset
+    manifest = Bundle.open(base).manifest
+    latents = LatentSpec(shift=(0.5, -1.0), scale=(2.0, 4.0))
+    of_latents = manifest.model_copy(update={"decoder": "small", "latents": latents})
+    with pytest.raises(DataError, match="holds pictures, the bundle to adapt denoises latents"):
+        in_terms_of(of_latents, pictures, Path("other"))
+    own = np.ones((2, 1, 1), np.float32)
+    shared = {field.name: getattr(pictures, field.name) for field in fields(Examples)}
+    dataset = Latents(moments=cast(Moments, None), shift=0 * own, scale=own, **shared)
+    adapted = cast(Latents, in_terms_of(of_latents, dataset, Path("other")))
+    assert adapted.shift.tolist() == [[[0.5]], [[-1.0]]]
+    assert (adapted.scale.shape, adapted.scale.ravel().tolist()) == ((2, 1, 1), [2.0, 4.0])
+    assert adapted.labels.tolist() == pictures.labels.tolist()
 
 
 def test_the_file_is_read_as_it_was_trained(tmp_path: Path, base: Path) -> None:
