@@ -58,14 +58,15 @@ class ExpertMlp(nn.Module):
         weights, tokens = choose(self.router(h), self.top_k, self.routing)  # 2 × (N, E, C)
         # Rows of all pictures one behind the other, so that an expert's weights are read once for all.
         rows = tokens + t * torch.arange(n, device=h.device)[:, None, None]  # (N, E, C)
-        rows = rows.transpose(0, 1).flatten()  # (E·N·C,)
-        taken = h.flatten(0, 1)[rows].unflatten(0, (self.experts, -1))  # (E, N·C, D)
-        out = self.fc2(F.gelu(self.fc1(taken), approximate="tanh")).flatten(0, 1)  # (E·N·C, D)
-        out = out * weights.transpose(0, 1).reshape(-1, 1).to(out.dtype)
-        # The sum is in fp32 at least: ONNX Runtime adds no halves on a CPU.
-        wide = torch.promote_types(out.dtype, torch.float32)
-        summed = torch.zeros(n * t, d, dtype=wide, device=h.device)
-        summed = summed.index_add(0, rows, out.to(wide)).to(out.dtype).unflatten(0, (n, t))  # (N, T, D)
+        rows = rows.transpose(0, 1).flatten(1)  # (E, N·C)
+        taken = h.flatten(0, 1)[rows.flatten()].unflatten(0, (self.experts, -1))  # (E, N·C, D)
+        out = self.fc2(F.gelu(self.fc1(taken), approximate="tanh"))  # (E, N·C, D)
+        out = out * weights.transpose(0, 1).flatten(1)[..., None].to(out.dtype)
+        # Each expert writes into tokens of its own, because TensorRT adds nothing in a scatter.
+        places = (rows + n * t * torch.arange(self.experts, device=h.device)[:, None]).flatten()
+        spread = torch.zeros(self.experts * n * t, d, dtype=out.dtype, device=h.device)
+        spread = spread.index_put((places,), out.flatten(0, 1)).unflatten(0, (self.experts, n, t))
+        summed = spread.sum(0)  # (N, T, D)
         return summed if self.shared is None else cast(Tensor, summed + self.shared(h))
 
 

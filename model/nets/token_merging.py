@@ -47,16 +47,17 @@ class TokenMerging:
         order = best.argsort(dim=-1, descending=True)
         self.merged, self.kept = order[:, :merged], order[:, merged:]
         self.target = target.gather(1, self.merged)  # (N, M)
+        # Which destination has which merged token, (N, T/4, M). Sums are products with it, because TensorRT
+        # adds nothing in a scatter, and ONNX Runtime no halves.
+        places = torch.arange(self.quarter, device=h.device)
+        self.members = (self.target[:, None] == places[:, None]).to(h.dtype)
+        self.counts = 1 + self.members.sum(-1, keepdim=True)  # (N, T/4, 1)
 
     def merge(self, x: Tensor) -> Tensor:
         """Return the means of what is merged, and the rest: (N, T, D) → (N, T − M, D)."""
         first, others = x[:, : self.quarter], x[:, self.quarter :]
-        sums = first.scatter_add(1, _wide(self.target, x), others.gather(1, _wide(self.merged, x)))
-        ones = torch.ones_like(x[..., :1])
-        counts = ones[:, : self.quarter].scatter_add(
-            1, self.target[..., None], ones[:, : self.merged.shape[1]]
-        )
-        return torch.cat([sums / counts, others.gather(1, _wide(self.kept, x))], dim=1)
+        sums = first + self.members @ others.gather(1, _wide(self.merged, x))
+        return torch.cat([sums / self.counts, others.gather(1, _wide(self.kept, x))], dim=1)
 
     def spread(self, y: Tensor) -> Tensor:
         """Return the result of every token: (N, T − M, D) → (N, T, D)."""

@@ -122,9 +122,10 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_experts_in_half_precision_run_on_a_cpu() -> None:
-    network = tiny_source(replace(PLAIN, depth=1, experts=4)).network
-    x, labels = torch.randn(3, 3, 16, 12), torch.tensor([[0], [2], [4]])
+@pytest.mark.parametrize("changes", [{"experts": 4}, {"merge_tokens": 0.5}])
+def test_variants_in_half_precision_run_on_a_cpu(changes: dict[str, Any]) -> None:
+    network = tiny_source(replace(PLAIN, image_size=(16, 24), depth=1, **changes)).network
+    x, labels = torch.randn(3, 3, 16, 24), torch.tensor([[0], [2], [4]])
     state = network.modulate(torch.tensor([1.0, 500.0, 900.0]), network.embed(labels))
     session = ort.InferenceSession(backbone_graph(half_network(network, "fp16")).SerializeToString())
     names = [entry.name for entry in session.get_inputs()]

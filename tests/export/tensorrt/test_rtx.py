@@ -6,6 +6,7 @@ import ast
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -178,6 +179,27 @@ def test_a_graph_of_any_size_compiles_for_the_size_that_is_served(
     save_graph(proto, tmp_path / "backbone.onnx")
     fusion = fusion_of(build_engine(rtx, tmp_path / "backbone.onnx", replace(OPTIONS, size=(16, 16))).plan)
     assert fusion.attention >= (0 if precision == "fp32" else 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "depth": 6,
+            "attention": ("window:2+1", "neighbourhood:1", "axial", "low_rank:3", "linear", "channel"),
+            "levels": (0, 0, 0, 1, 1, 0),
+            "conv_mlp": True,
+        },
+        {"experts": 4, "condition_gate": True},
+        {"experts": 4, "top_k": 2, "routing": "token_choice", "shared_expert": True},
+        {"merge_tokens": 0.5, "shared_modulation": True},
+    ],
+)
+def test_variants_of_the_network_compile(rtx: TensorRt, tmp_path: Path, changes: dict[str, Any]) -> None:
+    network = tiny_dit(replace(CONFIG, **{"depth": 1, "layout_rank": 0, "head_channels": 0, **changes}))
+    save_whole(backbone_graph(half_network(network, "fp16")), tmp_path / "backbone.onnx")
+    engine = build_engine(rtx, tmp_path / "backbone.onnx", replace(OPTIONS, size=(16, 16)))
+    assert fusion_of(engine.plan).kernels > 0
 
 
 def test_tensors_beside_a_large_graph_are_found(
