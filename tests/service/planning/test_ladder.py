@@ -165,9 +165,9 @@ def test_rows_left_on_several_backbones_are_about_those_of_the_rest_of_the_grid(
     left = LADDER.rows_left(asked, len(rest), rest[0] / 999, guided, conditions)
     # A step may be on the other side of each end of a stretch, and of the guidance interval.
     assert abs(left - exact) <= (len(stretches) + 2) * (conditions + 1)
-    assert left <= LADDER.rows_left(
-        replace(asked, stretches=()), len(rest), rest[0] / 999, guided, conditions
-    )
+    whole = LADDER.rows_left(replace(asked, stretches=()), len(rest), rest[0] / 999, guided, conditions)
+    # Shares of steps add up to the whole but for their rounding.
+    assert left <= whole + 1e-9
 
 
 @quick

@@ -15,7 +15,7 @@ from tests.test_end_to_end import Service
 
 # The values of the counters' labels, of one service with one model.
 RUNGS = {rung.name for rung in Bundle.open(TINY, verify=False).manifest.ladder}
-FORMATS = {"png", "webp", "jpeg"}
+FORMATS = {"png", "webp", "jpeg", "gif", "apng", "mp4", "npz"}
 CACHES = {"embedding", "modulation"}
 KNOWN = {
     "dit_refused": set(ERRORS),
