@@ -22,6 +22,7 @@ from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, publishe
 from ditserve.model.spec.network_config import NetworkConfig, network_config, own_config
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_weights import WeightSizes, weight_sizes
+from ditserve.model.spec.sizes import size_name
 from ditserve.model.train.load import run_config
 
 
@@ -89,7 +90,7 @@ def format_parts(name: str, parts: Sequence[PartCost]) -> str:
     total = sum(part.macs for part in parts)
     lines = [f"{name:20}        MACs   share  output         MiB"]
     for part in parts:
-        shape = "×".join(map(str, part.shape))
+        shape = size_name(part.shape, "×")
         lines.append(
             f"{part.name:20}  {part.macs / 1e6:8.1f} M  {part.macs / max(1, total):6.1%}"
             f"  {shape:12}  {part.output_bytes / 2**20:6.2f}"

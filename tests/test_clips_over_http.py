@@ -32,20 +32,11 @@ from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
 from ditserve.service.images import to_pixels
-from tests.export.tiny import tiny_network, tiny_source
+from tests.export.tiny import CONFIG, tiny_network, tiny_source
 from tests.test_end_to_end import ROOT, Service, wait_until
 
 Pixels = npt.NDArray[np.uint8]
-STILL = DiTConfig(
-    image_size=(16, 16),
-    patch_size=4,
-    in_channels=3,
-    hidden_size=32,
-    depth=2,
-    num_heads=2,
-    classes=(4, 2),
-    learn_sigma=False,
-)
+STILL = replace(CONFIG, qk_norm=False, layout_rank=0, head_channels=0)
 CLIP = replace(STILL, image_size=(6, 16, 16), rope=True)
 BODY = {"model": "clips", "condition": {"label": "star"}, "seed": 5, "steps": 6, "guidance_scale": 3.0}
 

@@ -20,6 +20,7 @@ from ditserve.model.data.examples import DataError, Images
 from ditserve.model.data.folder import check_splits, count_pictures, is_hidden, visible
 from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.spec.heap import memory_bytes
+from ditserve.model.spec.sizes import size_name
 
 LOCAL_HEADER = 30  # bytes before the name in a zip file, APPNOTE 4.3.7
 OPTIONAL = ("groups", "captions")
@@ -71,8 +72,8 @@ def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue, LeftO
     for file, x, catalogue in zip(files, images, catalogues, strict=True):
         if x.shape[1:] != images[0].shape[1:]:
             raise DataError(
-                f"{file} holds pictures of {'×'.join(map(str, x.shape[1:-1]))}, "
-                f"but {files[0]} of {'×'.join(map(str, images[0].shape[1:-1]))}"
+                f"{file} holds pictures of {size_name(x.shape[1:-1], '×')}, "
+                f"but {files[0]} of {size_name(images[0].shape[1:-1], '×')}"
             )
         for field in ("names", "styles", "groups"):
             if getattr(catalogue, field) != getattr(catalogues[0], field):

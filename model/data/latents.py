@@ -28,7 +28,7 @@ from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.manifest import DecoderKind
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import Size, size_name
 
 INDEX = "latents.json"
 
@@ -168,7 +168,7 @@ class Latents(Examples):
         if size != self.size:
             raise DataError(
                 f"{self.moments.folder} holds latents of {self.size[0]}×{self.size[1]}, "
-                f"not {'×'.join(map(str, size))}: extract them anew"
+                f"not {size_name(size, '×')}: extract them anew"
             )
         return self
 

@@ -20,7 +20,7 @@ from ditserve.model.data.latents import INDEX, Moments, read_latents
 from ditserve.model.data.tar import read_tar
 from ditserve.model.spec.bundle_bounds import FASTEST, SLOWEST
 from ditserve.model.spec.errors import wrong_field
-from ditserve.model.spec.sizes import FirstAxis, Size
+from ditserve.model.spec.sizes import FirstAxis, Size, size_name
 
 KNOWN = (
     "an .npz or a folder of them, a folder of pictures in a sub-folder per class, tar files, or latent shards"
@@ -174,7 +174,7 @@ def common_size(source: Source) -> Size:
         DataError: they differ.
     """
     if len(source.sizes) > 1:
-        first, second = ("×".join(map(str, size)) for size in list(source.sizes)[:2])
+        first, second = (size_name(size, "×") for size in list(source.sizes)[:2])
         raise DataError(
             f"{source.path} holds pictures of different sizes ({first}, {second}): "
             "set the size to crop them to"

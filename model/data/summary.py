@@ -12,6 +12,7 @@ from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Moments
 from ditserve.model.data.sources import NAMED, Source
 from ditserve.model.data.transforms import centre_crop
+from ditserve.model.spec.sizes import size_name
 
 BROKEN = 20  # unreadable pictures that are listed
 COLUMNS, ROWS, CELL = 12, 8, 64  # contact sheet; a cell in pixels
@@ -21,7 +22,7 @@ def summarise(source: Source) -> Iterator[str]:
     """Yield lines about a source: pictures, sizes, classes, captions, licence, and what cannot be read."""
     catalogue, count = source.catalogue, len(source.data)
     yield f"{source.path}: {source.kind}"
-    sizes = ", ".join(f"{'×'.join(map(str, size))} ({n:,})" for size, n in source.sizes.most_common(5))
+    sizes = ", ".join(f"{size_name(size, '×')} ({n:,})" for size, n in source.sizes.most_common(5))
     more = f" and {len(source.sizes) - 5} more" if len(source.sizes) > 5 else ""
     held = {None: "pictures", "frames": "clips", "depth": "volumes"}[source.card.first_axis]
     yield f"  {'latents' if isinstance(source.data, Moments) else held}  {count:,}: {sizes}{more}"

@@ -23,7 +23,7 @@ from ditserve.commands import command_line
 from ditserve.model.spec.bundle import WEIGHTS, digest, write_atomic
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.manifest import Factor
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import Size, size_name
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo" / "emoji-classifier"  # the one that ships
 CARD = "classifier.json"
@@ -171,8 +171,8 @@ def reading_factor(card: ClassifierCard, size: Size) -> int:
     (height, width), factor = card.image_size, size[0] // card.image_size[0]
     if factor < 1 or size != (height * factor, width * factor):
         raise ClassifierError(
-            f"the classifier reads pictures of {height}×{width}, not {'×'.join(map(str, size))}: train one "
-            "for them"
+            f"the classifier reads pictures of {height}×{width}, not {size_name(size, '×')}: "
+            "train one for them"
         )
     return factor
 

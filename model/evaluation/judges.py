@@ -16,7 +16,7 @@ from ditserve.model.evaluation.classifier_network import (
 from ditserve.model.evaluation.features import FeatureNetwork, classifier_features, inception_features
 from ditserve.model.evaluation.picture_sets import picture_size
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import size_name
 from ditserve.model.train.loaded_model import LoadedModel
 
 
@@ -47,7 +47,9 @@ def open_metric_networks(
         try:
             reading_factor(classifier.card, picture_size(loaded))
         except ClassifierError:
-            read, drawn = _sides(classifier.card.image_size), _sides(picture_size(loaded))
+            read, drawn = (
+                size_name(size, "×") for size in (classifier.card.image_size, picture_size(loaded))
+            )
             reason = f"reads pictures of {read}, not {drawn}"
             raise EvaluationError(_no_classifier(folder, reason, loaded, options)) from None
     if options.features == "inception":
@@ -65,10 +67,6 @@ def known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, int
         for factors in (classifier.card.factors, loaded.manifest.factors)
     )
     return len(known & wanted), len(wanted)
-
-
-def _sides(size: Size) -> str:
-    return "×".join(map(str, size))
 
 
 def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argparse.Namespace) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from ditserve.model.spec.attention_kinds import AttentionKind, attention_kind, check_kinds, check_levels
+from ditserve.model.spec.config_checks import Fusion, check_conditions, check_counts
 from ditserve.model.spec.sizes import Size, check_size, patch_along
 
-Fusion = Literal["sum", "mlp"]
 BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
 Routing = Literal["expert_choice", "token_choice"]
@@ -395,28 +394,6 @@ def mlp_ratio(channels: int, hidden_size: int, *, swiglu: bool) -> float:
     ratio = size / hidden_size
     # Rounding may leave the product one below.
     return ratio if int(hidden_size * ratio) == size else math.nextafter(ratio, math.inf)
-
-
-def check_counts(config: object, *fields: str) -> None:
-    """Raise ValueError unless each of the fields is a positive whole number."""
-    for field in fields:
-        value = getattr(config, field)
-        if not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{field} must be positive and whole, not {value!r}")
-
-
-def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> None:
-    """Raise ValueError unless classes, text size and fusion are as `DiTConfig` says."""
-    if not isinstance(classes, tuple) or not all(isinstance(count, int) for count in classes):
-        raise ValueError(f"classes must be a tuple of numbers, one per label factor, not {classes!r}")
-    if any(count < 1 for count in classes):
-        raise ValueError(
-            "every entry of classes must be at least 1; leave a factor out instead of giving it 0 classes"
-        )
-    if not isinstance(text_size, int) or text_size < 0:
-        raise ValueError(f"text_size must be the width of text embeddings or 0, not {text_size!r}")
-    if fusion not in get_args(Fusion):
-        raise ValueError(f"unknown fusion {fusion!r}: choose among {', '.join(get_args(Fusion))}")
 
 
 def published_config(name: str, **changes: Any) -> DiTConfig:

@@ -15,9 +15,9 @@ FirstAxis = Literal["frames", "depth"]
 AXES = {2: "(height, width)", 3: "(frames or depth, height, width)"}
 
 
-def size_name(size: Sequence[int]) -> str:
-    """Return a size as messages write it, such as "8x48x48"."""
-    return "x".join(map(str, size))
+def size_name(size: Sequence[int], sign: str = "x") -> str:
+    """Return a size as requests write it, such as "8x48x48"; with the sign "×" as people do."""
+    return sign.join(map(str, size))
 
 
 def patch_along(patch_size: int | Sequence[int], axes: int) -> Size:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ditserve.model.spec.dit_config import Fusion, check_conditions, check_counts
+from ditserve.model.spec.config_checks import Fusion, check_conditions, check_counts
 from ditserve.model.spec.sizes import Size, check_size
 
 Resample = Literal["keep", "halve", "double"]

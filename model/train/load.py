@@ -20,6 +20,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import even_grid
 from ditserve.model.spec.manifest import Defaults, LatentSpec, Manifest, Name, StateTensor
 from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.sizes import size_name
 from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
@@ -192,7 +193,7 @@ def describe_run(
     return Manifest(
         name=name,
         version=f"0.{step}",
-        description=f"{kind} over {'×'.join(map(str, shape.image_size))} {values}",
+        description=f"{kind} over {size_name(shape.image_size, '×')} {values}",
         config=shape,
         diffusion=config.diffusion,
         factors=dataset.factors,

@@ -108,9 +108,9 @@ class Scheduler:
         caps this pass at 2 rows (1.1 s), because 3 take 1.2 s. The most urgent one of the others joins it.
         """
         flows: dict[Flow, list[Turn[S]]] = {}
-        longest_s = max((self._full_pass_s(group) for group in candidates), default=0.0)
-        for group in candidates:
-            for turn in self._turns(group, now, longest_s):
+        passes_s = [self._full_pass_s(group) for group in candidates]
+        for group, full_pass_s in zip(candidates, passes_s, strict=True):
+            for turn in self._turns(group, now, full_pass_s, max(passes_s)):
                 flows.setdefault(turn.sample.flow, []).append(turn)
         if not flows:
             return Batch((), "idle")
@@ -225,15 +225,18 @@ class Scheduler:
         return group.row_cost * room * full_passes
 
     def _full_pass_s(self, group: Candidates[S]) -> float:
+        """Return the seconds of a pass that takes in all samples, as far as they fit."""
         return self._seconds(group, self._full_rows(group))
 
-    def _turns(self, group: Candidates[S], now: float, longest_s: float) -> Iterator[Turn[S]]:
+    def _turns(
+        self, group: Candidates[S], now: float, full_pass_s: float, longest_s: float
+    ) -> Iterator[Turn[S]]:
         """Yield the turns of a group.
 
         A sample has laxity if it could still be done in time after it waited for the longest full pass of any
         size.
         """
-        full_pass_s, full_cost = self._full_pass_s(group), self._full_rows(group) * group.row_cost
+        full_cost = self._full_rows(group) * group.row_cost
         for sample in group.samples:
             due, urgent = sample.deadline_at, False
             if due is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import secrets
 import socket
@@ -27,6 +26,7 @@ from ditserve.service.backends import (
 from ditserve.service.engine.engine import Engine
 from ditserve.service.errors import QueueUnavailable, ServiceError
 from ditserve.service.exit_statuses import DONE, FAILED, refuse
+from ditserve.service.garbage import keep_what_is_there
 from ditserve.service.launch.engine_build import build_engines
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.embeddings import Embeddings
@@ -193,9 +193,7 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             backend, engine = backends[""], build_engine(backends, settings, embeddings)
             report("warming up")
             await asyncio.to_thread(_warm_up, engine, backend)
-            # What is there now stays, and need not be looked through again and again.
-            gc.collect()
-            gc.freeze()
+            keep_what_is_there()
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
         identity = worker_identity(name, model, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))

@@ -58,7 +58,7 @@ def test_a_smoothed_model_is_the_same_function(blocks: tuple[BlockKind, ...], sw
     ],
 )
 def test_a_smoothed_variant_is_the_same_function(changes: dict[str, Any]) -> None:
-    """What mixes values over tokens is smoothed; what mixes channels, or shares a modulation, is not."""
+    """Attention over tokens is smoothed; attention over channels, and a shared modulation, are not."""
     source = tiny_source(replace(CONFIG, **changes))
     rows = rows_of(source)
     other = LoadedModel(smooth(source.dit, input_peaks(source.dit, rows), 0.5), source.manifest)

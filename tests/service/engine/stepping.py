@@ -30,6 +30,18 @@ def run(engine: Engine, requests: Iterable[SampleRequest] = ()) -> list[StepRepo
     return reports
 
 
+def recorded_shapes(backend: Any) -> list[tuple[int, ...]]:
+    """Return a list to which every pass of a backend adds the shape of its rows."""
+    inner, shapes = backend.denoise, list[tuple[int, ...]]()
+
+    def denoise(x: Any, state: Any) -> Any:
+        shapes.append(x.shape)
+        return inner(x, state)
+
+    backend.denoise = denoise
+    return shapes
+
+
 def finished(reports: Iterable[StepReport]) -> dict[str, Finished]:
     return {sample.id: sample for report in reports for sample in report.finished}
 

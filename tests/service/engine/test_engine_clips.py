@@ -15,7 +15,7 @@ from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, InvalidRequest
 from tests.service.engine.imitated_device import DeviceBackend
-from tests.service.engine.stepping import failed, finished, previews, reference, run
+from tests.service.engine.stepping import failed, finished, previews, recorded_shapes, reference, run
 
 Make = Callable[..., Any]
 # More frames than channels, of which guidance takes the first two.
@@ -80,13 +80,7 @@ def test_clips_of_several_lengths_are_the_same_alone_and_together(
 
 def test_rows_count_by_their_frames(clips: Make, make_engine: Make, make_request: Make) -> None:
     backend = clips(size_multiple=1)
-    inner, shapes = backend.denoise, []
-
-    def denoise(x: Any, state: Any) -> Any:
-        shapes.append(x.shape)
-        return inner(x, state)
-
-    backend.denoise = denoise
+    shapes = recorded_shapes(backend)
     engine = make_engine(backend, max_rows=8)
     for k in range(8):
         engine.add(make_request(f"long-{k}/0", size=LONG, seed=k))

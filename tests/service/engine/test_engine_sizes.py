@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ditserve.service.errors import InternalError, InvalidRequest
-from tests.service.engine.stepping import failed, finished, run
+from tests.service.engine.stepping import failed, finished, recorded_shapes, run
 
 Make = Callable[..., Any]
 
@@ -49,14 +49,7 @@ def test_rows_share_a_pass_with_their_own_size_only_and_within_the_budget(
     make_backend: Make, make_engine: Make, make_request: Make
 ) -> None:
     backend = make_backend(size_multiple=2)
-    shapes: list[tuple[int, ...]] = []
-    inner = backend.denoise
-
-    def denoise(x: Any, state: Any) -> Any:
-        shapes.append(x.shape)
-        return inner(x, state)
-
-    backend.denoise = denoise
+    shapes = recorded_shapes(backend)
     engine = make_engine(backend, max_rows=8)
     for k in range(8):
         engine.add(make_request(f"wide-{k}/0", size=WIDE, seed=k))
