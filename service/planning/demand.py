@@ -40,9 +40,10 @@ def demand_buckets(deadline: float, steps: int, now: float, pass_s: float) -> It
     if deadline == inf:
         yield StepBucket(inf, inf, 1.0)
         return
-    left, distance = steps, deadline - now
+    left, distance, interval = steps, deadline - now, inf
     while left:
-        interval = floor(BUCKETS_PER_OCTAVE * log2(max(distance, _NEAREST_S)))
+        # At the edge of an interval rounding may leave the next step a hair inside it.
+        interval = min(floor(BUCKETS_PER_OCTAVE * log2(max(distance, _NEAREST_S))), interval - 1)
         width = distance - 2.0 ** (interval / BUCKETS_PER_OCTAVE)
         count = left if interval == _NEAREST else min(left, 1 + floor(max(0.0, width) / pass_s))
         yield StepBucket(interval, now + distance - (count - 1) * pass_s, count / steps)

@@ -26,6 +26,7 @@ def test_without_a_deadline_all_steps_are_due_at_no_time() -> None:
 @quick
 @given(st.floats(-10.0, 1e4), st.integers(1, 200), st.floats(1e-3, 10.0))
 @example(2.0, 3, 1.890625)
+@example(12.0, 6, 0.8)  # rounding leaves a step a hair inside its interval
 def test_shares_are_of_all_steps_and_nearer_buckets_come_later(
     deadline: float, steps: int, pass_s: float
 ) -> None:
