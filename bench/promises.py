@@ -167,7 +167,7 @@ class HastyClient:
             "deadline_ms": round(1000 * request.within_s),
             "allow_degraded": request.degradable,
         }
-        connection = self._idle.pop() if self._idle else await StampedConnection.open(self._port)
+        connection = await self._connection()
         answer = await connection.ask(post("/generate", body, accept="image/png"))
         self._idle.append(connection)
         drawn = answer.status == 200
@@ -175,6 +175,14 @@ class HastyClient:
         steps = int(answer.headers["x-steps-used"]) if drawn else None
         retry_s = answer.headers.get("retry-after") if answer.status == 503 else None
         return Outcome(answer.status, in_time, steps), None if retry_s is None else float(retry_s)
+
+    async def _connection(self) -> StampedConnection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.ended:
+                return connection
+            connection.close()
+        return await StampedConnection.open(self._port)
 
     async def ask_again(self, request: Wish) -> Outcome:
         """Send a request, and again whenever it is told to, up to `RETURNS` times."""

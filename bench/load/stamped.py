@@ -75,6 +75,14 @@ class StampedConnection:
                 return chunk, seconds + nanoseconds / 1e9
         return chunk, time.time()
 
+    @property
+    def ended(self) -> bool:
+        """True if the server has ended the connection, as it does with one that was idle for long."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+
     def close(self) -> None:
         self._socket.close()
 

@@ -70,3 +70,17 @@ async def test_a_connection_that_ends_before_its_answer_is_an_error() -> None:
     async with server(hang_up) as connection:
         with pytest.raises(ConnectionError):
             await connection.ask(REQUEST)
+
+
+async def test_a_connection_that_the_server_has_ended_says_so_before_it_is_asked() -> None:
+    async def answer_once(writer: asyncio.StreamWriter) -> None:
+        writer.write(REFUSAL + b"full")
+        await asyncio.sleep(0.1)
+        writer.close()
+
+    async with server(answer_once) as connection:
+        assert not connection.ended
+        await connection.ask(REQUEST)
+        assert not connection.ended
+        await asyncio.sleep(0.3)
+        assert connection.ended
