@@ -33,6 +33,7 @@ from ditserve.model.sampling.prompt import (
     embed_terms,
     encoder_of,
     parse_condition,
+    prompt_term,
     read_prompts,
 )
 from ditserve.model.sampling.sheet import (
@@ -147,7 +148,7 @@ def _size(options: argparse.Namespace, own: Size) -> Size:
 
 
 def _open_own(options: argparse.Namespace) -> _Opened:
-    """Open a model of this project's networks. `--prompt` is a condition with that text alone."""
+    """Open a model of this project's networks."""
     loaded = load_model(options.model, data=options.data)
     device = _device(options.device)
     loaded.network.to(device)
@@ -200,9 +201,8 @@ def _terms(manifest: Manifest, options: argparse.Namespace) -> list[PromptTerm]:
     if options.prompts and (options.condition or options.prompt):
         raise SampleError("--prompts is a sheet of its own: leave --condition and --prompt out")
     terms = [parse_condition(text, manifest.factors) for text in options.condition]
-    nothing = (None,) * len(manifest.factors)
     prompts = read_prompts(options.prompts) if options.prompts else options.prompt
-    return [*terms, *(PromptTerm(nothing, prompt) for prompt in prompts)]
+    return [*terms, *(prompt_term(prompt, manifest.factors) for prompt in prompts)]
 
 
 @torch.no_grad()
@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a condition that is a text alone, the same as -c text=TEXT",
+        help="a condition that is a text, and the classes that it tells; -c text=TEXT is the text alone",
     )
     add(
         "--prompts",

@@ -6,7 +6,14 @@ Works for any number of factors of any names, and knows no HTTP.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClassError, closest, quoted
+from ditserve.model.spec.class_names import (
+    ClassNames,
+    NamedFactor,
+    UnknownClassError,
+    classes_told,
+    closest,
+    quoted,
+)
 from ditserve.service.errors import UnknownCondition
 from ditserve.service.jobs import ConditionTerm
 
@@ -70,6 +77,10 @@ class Vocabulary:
                 extra={"factor": first.factor},
             )
         return ConditionTerm(tuple(labels))
+
+    def told(self, text: str) -> ConditionTerm:
+        """Return the classes that a text says in so many words: see `class_names.classes_told`."""
+        return ConditionTerm(classes_told(text, self._factors))
 
 
 @contextmanager

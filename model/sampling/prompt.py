@@ -14,7 +14,7 @@ from torch import Tensor
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
-from ditserve.model.spec.class_names import ClassNames, UnknownClassError
+from ditserve.model.spec.class_names import ClassNames, UnknownClassError, classes_told
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Factor, Manifest
 from ditserve.model.spec.mixing import Combine, mix_embeddings
@@ -70,6 +70,12 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
         raise SampleError(f"the model has no factor {unknown[0]!r}; it has {', '.join(names) or 'none'}")
     labels = tuple(_class(factor, given.get(factor.name)) for factor in factors)
     return PromptTerm(labels, sentence, weight)
+
+
+def prompt_term(prompt: str, factors: Sequence[Factor]) -> PromptTerm:
+    """Return the condition of a prompt, as the service has it: its text, and the classes that it tells."""
+    told = classes_told(spell_pictographs(prompt), [ClassNames(factor) for factor in factors])
+    return PromptTerm(told, prompt)
 
 
 def _class(factor: Factor, name: str | None) -> int | None:

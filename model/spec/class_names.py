@@ -24,6 +24,8 @@ SUGGESTIONS = 5
 # Similarity of 0 to 100 below which a suggestion is noise.
 CUTOFF = 60
 LISTED = 8  # classes of one name that a message lists
+# The words of a text beside names that change nothing of what is drawn.
+GLUE = frozenset(("a", "an", "the", "of", "in", "style", "emoji"))
 _WORD = re.compile(r"[^\W_]+")
 # A comma within a number, as in "1,000", parts no synonyms.
 _COMMA = re.compile(r"(?<!\d),|,(?!\d)")
@@ -94,22 +96,28 @@ class ClassNames:
         raise UnknownClassError(f"This model has no {self.factor} {quoted(ref)}.", closest(ref, self.classes))
 
     def in_prompt(self, prompt: str) -> int | None:
-        """Return the class that a prompt names; None if it names none.
-
-        It is the class whose words occur in the prompt side by side. The class with the most words wins, and
-        among those the earliest in the prompt. A plural "s" on the last word is ignored. A name that is a
-        number must be the whole prompt: "3 dogs" does not name class "3".
+        """Return the class that a prompt names; None if it names none: see `found_in`.
 
         Raises:
             UnknownClassError: the name that it has is that of several classes.
         """
+        found = self.found_in(prompt)
+        return None if found is None else self._only(*found)
+
+    def found_in(self, prompt: str) -> tuple[str, Sequence[int]] | None:
+        """Return the name that a prompt has, as it is written there, and the classes of that name.
+
+        It is the class whose words occur in the prompt side by side. The class with the most words wins, and
+        among those the earliest in the prompt. A plural "s" on the last word is ignored. A name that is a
+        number must be the whole prompt: "3 dogs" does not name class "3".
+        """
         classes = self._named(prompt)
         if classes:
-            return self._only(prompt, classes)
+            return prompt, classes
         for window in _windows(words(prompt), self._longest):
             for key in (window, (*window[:-1], window[-1].removesuffix("s"))):
                 if key in self._words and not all(word.isdigit() for word in key):
-                    return self._only(" ".join(key), self._words[key])
+                    return " ".join(window), self._words[key]
         return None
 
     def suggest(self, prompt: str) -> list[str]:
@@ -149,6 +157,26 @@ class ClassNames:
             f"{quoted(name)} is the name of several classes of {self.factor}: {listed}{more}; "
             "name one by its number."
         )
+
+
+def classes_told(prompt: str, factors: Sequence[ClassNames]) -> tuple[int | None, ...]:
+    """Return the class of each factor that a text says in so many words; None where it says none.
+
+    It is for models that read the text as well. The class of the first factor counts only where the text has
+    no other words than names and `GLUE`, because the others change what is drawn: "a cat in noto style" is
+    the class "cat", "a cat with sunglasses in noto style" is of the style "noto", and of no class. A name of
+    several classes is none.
+    """
+    left, told = list(words(prompt)), list[int | None]()
+    for factor in factors:
+        found = factor.found_in(prompt)
+        only = found is not None and len(found[1]) == 1
+        told.append(found[1][0] if found and only else None)
+        named = words(found[0]) if found and only else ()
+        left = [word for word in left if word not in named]
+    if told and not GLUE.issuperset(left):
+        told[0] = None
+    return tuple(told)
 
 
 def _windows(tokens: Words, longest: int) -> Iterator[Words]:

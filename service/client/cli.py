@@ -18,6 +18,7 @@ from ditserve.commands import command_line
 from ditserve.model.spec.command_line import finite
 from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.mixing import Combine
+from ditserve.model.spec.text_encoder import spell_pictographs
 from ditserve.service.client.client import Client
 from ditserve.service.errors import ModelNotFound, ServiceError, from_wire
 from ditserve.service.formats import CONTENT_TYPES
@@ -151,17 +152,16 @@ def _picture(path: str) -> bytes:
 
 
 def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """Return the condition that a prompt names; a model that reads text is given the prompt itself.
+    """Return the condition that a prompt names; a model that reads text is given the prompt as well.
 
     Raises:
         UnknownCondition: the prompt names no class of the model's first factor.
     """
-    if model["text"]:
-        return {"text": prompt}
     factors = [Factor(**factor) for factor in model["factors"]]
-    labels = Vocabulary(factors).match(prompt).labels
-    named = zip(factors, labels, strict=True)
-    return {factor.name: label for factor, label in named if label is not None}
+    vocabulary, text = Vocabulary(factors), {"text": prompt} if model["text"] else {}
+    term = vocabulary.told(spell_pictographs(prompt)) if text else vocabulary.match(prompt)
+    named = zip(factors, term.labels, strict=True)
+    return {**text, **{factor.name: label for factor, label in named if label is not None}}
 
 
 def _follow(client: Client, job_id: str) -> None:

@@ -82,11 +82,12 @@ def requested_conditions(
 def _prompted(
     request: GenerateRequest, prompt: str, manifest: Manifest, vocabulary: Vocabulary
 ) -> RequestedConditions:
-    """Return the condition of a prompt: its text, or the classes that it names."""
+    """Return the condition of a prompt: its text with the classes that it tells, or the classes alone."""
     if request.condition:
         raise field_error("prompt", "Give a prompt or a condition, not both.")
     if manifest.config.text_size:
-        term = replace(vocabulary.term({}), text=_text(prompt, manifest))
+        text = _text(prompt, manifest)
+        term = replace(vocabulary.told(text), text=text)
     else:
         term = vocabulary.match(prompt)
     return _with_negative((term,), "linear", request, manifest)

@@ -88,3 +88,27 @@ def test_a_number_is_a_class_of_the_first_factor_only_as_the_whole_prompt() -> N
 
 def test_a_model_without_factors_matches_every_prompt() -> None:
     assert Vocabulary([]).match("anything").labels == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("an apple", (0, None)),
+        ("Red apple in noto style", (1, 0)),
+        ("twemoji red apples", (1, 1)),
+        ("noto", (None, 0)),
+        # What else a text says changes what is drawn, and the style of it stays.
+        ("a red apple with eyes", (None, None)),
+        ("a red apple with eyes in noto style", (None, 0)),
+        ("two apples", (None, None)),
+        ("", (None, None)),
+    ],
+)
+def test_a_text_tells_a_class_where_it_says_nothing_else(text: str, labels: tuple[int | None, ...]) -> None:
+    assert VOCABULARY.told(text).labels == labels
+
+
+def test_a_text_tells_no_class_by_a_name_of_two() -> None:
+    cranes = Vocabulary([Factor(name="label", classes=("crane", "ox", "crane"))])
+    assert [cranes.told(text).labels for text in ("a crane", "an ox")] == [(None,), (1,)]
+    assert Vocabulary([]).told("a crane").labels == ()
