@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a condition that is a text, and the classes that it tells; -c text=TEXT is the text alone",
+        help="a condition in words, read as the service reads it; -c text=TEXT is the text alone",
     )
     add(
         "--prompts",

@@ -79,8 +79,9 @@ class Vocabulary:
         return ConditionTerm(tuple(labels))
 
     def told(self, text: str) -> ConditionTerm:
-        """Return the classes that a text says in so many words: see `class_names.classes_told`."""
-        return ConditionTerm(classes_told(text, self._factors))
+        """Return the classes that a text tells, and the text where it says more: see `classes_told`."""
+        labels, left = classes_told(text, self._factors)
+        return ConditionTerm(labels, text=left)
 
 
 @contextmanager

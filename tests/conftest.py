@@ -266,7 +266,7 @@ def make_result() -> Callable[..., JobResult]:
 
 
 async def wait_until(
-    condition: Callable[[], Any], *, timeout: float = 10.0, every: float = 0.005, message: str = ""
+    condition: Callable[[], Any], *, timeout: float = 30.0, every: float = 0.005, message: str = ""
 ) -> Any:
     """Return the first true value of `condition`, a function or coroutine function.
 

@@ -6,13 +6,17 @@ classes, and a text embedding of zeros.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditserve.model.nets.layers import PatchEmbed
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_kinds import NetworkConfig
 
 Config = TypeVar("Config", bound=NetworkConfig)
@@ -135,6 +139,39 @@ class LayoutPath(nn.Module):
     def forward(self, c: Tensor) -> Tensor:
         weights = self.coefficients(c).reshape(-1, *self.shape).transpose(0, 1)  # (T, N, r)
         return torch.matmul(weights, self.basis).transpose(0, 1)  # (T, N, r)·(T, r, D) → (N, T, D)
+
+
+class ConditionalMean(nn.Module):
+    """The mean picture that a condition tells, as tokens beside those of the noisy one: (N, D) → (N, T, D).
+
+    mean = Σ_m gate_m(c) · (offset_m + Σ_r code_r(c) · basis_mr), with gates and codes that are linear in c. A
+    gate and its map are, for instance, a drawing style and what the codes look like in it. A denoiser that is
+    given the mean of its condition (as in Grad-TTS, Popov et al., arXiv:2105.06337) need not learn by
+    gradient descent what each class looks like, which is most of what it predicts at high noise. The mean is
+    part of the condition state, so a step does not pay for it.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.picture = (config.in_channels, *config.image_size)
+        self.gates = nn.Linear(config.hidden_size, config.mean_maps) if config.mean_maps > 1 else None
+        self.codes = nn.Linear(config.hidden_size, config.mean_rank)
+        # The offset of each map, and then its `mean_rank` pictures.
+        self.basis = nn.Parameter(
+            torch.zeros(config.mean_maps, 1 + config.mean_rank, math.prod(self.picture))
+        )
+        self.embedder = PatchEmbed(config.patch, config.in_channels, config.hidden_size)
+
+    def forward(self, c: Tensor) -> Tensor:
+        return cast(Tensor, self.embedder(self.mean(c)))
+
+    def mean(self, c: Tensor) -> Tensor:
+        """Return the mean pictures (N, C, H, W) of condition embeddings (N, D)."""
+        codes = F.pad(self.codes(c), (1, 0), value=1.0)  # (N, 1 + r)
+        if self.gates is not None:
+            codes = (self.gates(c)[:, :, None] * codes[:, None]).flatten(1)  # (N, M·(1 + r))
+        flat = torch.matmul(codes, self.basis.flatten(0, 1))  # (N, C·H·W)
+        return flat.reshape(-1, *self.picture)
 
 
 def embedding_penalty(embedding: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditserve.model.nets.blocks import Block, ConvHead, FinalLayer, Rotary, Text
-from ditserve.model.nets.conditioner import ConditionEmbedder, LayoutPath
+from ditserve.model.nets.conditioner import ConditionalMean, ConditionEmbedder, LayoutPath
 from ditserve.model.nets.hierarchy import TokenLevels, TokenSplit
 from ditserve.model.nets.layers import (
     Grid,
@@ -69,6 +69,7 @@ class DiT(nn.Module):
         # A token that every text has, so that no text leaves attention something to attend to.
         self.first_token = nn.Parameter(torch.zeros(1, d)) if config.text_tokens else None
         self.layout = LayoutPath(config.tokens, config.layout_rank, d) if config.layout_rank else None
+        self.conditional_mean = ConditionalMean(config) if config.mean_rank else None
         vectors = config.modulation_vectors(config.plan[0]) if config.shared_modulation else 0
         self.shared_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, vectors * d)) if vectors else None
         self.blocks = nn.ModuleList(map(Block, [config] * config.depth, config.plan, config.attention_plan))
@@ -95,9 +96,9 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
-        nn.init.zeros_(cast(Tensor, patch.bias))
+        for patch in [module.proj for module in self.modules() if isinstance(module, PatchEmbed)]:
+            nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+            nn.init.zeros_(cast(Tensor, patch.bias))
         for table in self.y_embedder.tables:
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
         if self.y_embedder.text is not None:
@@ -169,11 +170,19 @@ class DiT(nn.Module):
         if self.config.adaptive_final:
             vectors = self.final_layer.adaLN_modulation(c)
             state.append(cast(Tensor, vectors).reshape(c.shape[0], 2, -1))  # (N, 2, D)
-        if self.layout is not None:
-            state.append(self.layout(F.silu(c)))  # (N, T, D)
+        if self.config.has_layout:
+            state.append(self._layout(c, embedding))  # (N, T, D)
         if self.config.text_tokens:
             state.append(tokens.unflatten(1, (self.config.text_tokens, d)))  # (N, S, D)
         return tuple(state)
+
+    def _layout(self, c: Tensor, embedding: Tensor) -> Tensor:
+        """Return what every token is given by the condition, (N, T, D)."""
+        layout = None if self.layout is None else self.layout(F.silu(c))
+        if self.conditional_mean is None:
+            return cast(Tensor, layout)
+        mean = self.conditional_mean(embedding)
+        return cast(Tensor, mean if layout is None else layout + mean)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
         """Return the network's output (N, C_out, H, W) for `x` (N, C, H, W) and its condition state.
@@ -191,7 +200,7 @@ class DiT(nn.Module):
     def enter(self, x: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the tokens (N, T, D) of `x`, with condition tokens in front of them if blocks have some."""
         h: Tensor = self.x_embedder(x) + self.positions(grid).to(x.dtype)  # (N, T, D)
-        if self.layout is not None:
+        if self.config.has_layout:
             h = h + named["layout"]
         h = torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
         return squares_apart(h, grid) if self.config.merge_tokens else h
@@ -290,10 +299,9 @@ class DiT(nn.Module):
                 f"size {size_name(size)} is not a multiple of {multiple_name(config.size_multiples)}, which "
                 "the windows or levels of this network need: resize or crop"
             )
-        if self.layout is not None and grid != config.grid_size:
-            raise ValueError(
-                f"layout_rank fixes the size at {config.image_size}: train without it for others"
-            )
+        if config.has_layout and grid != config.grid_size:
+            field = "layout_rank" if config.layout_rank else "mean_rank"
+            raise ValueError(f"{field} fixes the size at {config.image_size}: train without it for others")
         return grid
 
 

@@ -185,8 +185,11 @@ def load_small_autoencoder(folder: Path) -> SmallAutoencoder:
 
 
 def save_small_autoencoder(folder: Path, network: SmallAutoencoder, card: Mapping[str, Any]) -> None:
-    """Write an autoencoder to a folder, with the fields of a card: figures, licence, training."""
-    weights = {name: tensor.detach().float().contiguous() for name, tensor in network.state_dict().items()}
+    """Write an autoencoder to a folder, in half precision.
+
+    `card` holds further fields of its description: figures, licence, training.
+    """
+    weights = {name: tensor.detach().half().contiguous() for name, tensor in network.state_dict().items()}
     write_atomic(folder / WEIGHTS, save(weights))
     description = {"schema_version": SCHEMA_VERSION, "config": asdict(network.config), **card}
     write_atomic(

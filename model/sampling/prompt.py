@@ -73,9 +73,9 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
 
 
 def prompt_term(prompt: str, factors: Sequence[Factor]) -> PromptTerm:
-    """Return the condition of a prompt, as the service has it: its text, and the classes that it tells."""
-    told = classes_told(spell_pictographs(prompt), [ClassNames(factor) for factor in factors])
-    return PromptTerm(told, prompt)
+    """Return the condition of a prompt as the service reads it: classes told, and text if it says more."""
+    labels, text = classes_told(spell_pictographs(prompt), [ClassNames(factor) for factor in factors])
+    return PromptTerm(labels, text or None)
 
 
 def _class(factor: Factor, name: str | None) -> int | None:

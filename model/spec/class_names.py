@@ -159,13 +159,13 @@ class ClassNames:
         )
 
 
-def classes_told(prompt: str, factors: Sequence[ClassNames]) -> tuple[int | None, ...]:
-    """Return the class of each factor that a text says in so many words; None where it says none.
+def classes_told(prompt: str, factors: Sequence[ClassNames]) -> tuple[tuple[int | None, ...], str]:
+    """Return the class of each factor that a text tells, None where it tells none, and the text to be read.
 
-    It is for models that read the text as well. The class of the first factor counts only where the text has
-    no other words than names and `GLUE`, because the others change what is drawn: "a cat in noto style" is
-    the class "cat", "a cat with sunglasses in noto style" is of the style "noto", and of no class. A name of
-    several classes is none.
+    The class of the first factor counts only where the text has no other words than names and `GLUE`, because
+    the others change what is drawn; then nothing is left to be read. "A cat in noto style" is the class "cat"
+    in the style "noto", "a cat with sunglasses in noto style" is this text in the style "noto". A name of
+    several classes tells none.
     """
     left, told = list(words(prompt)), list[int | None]()
     for factor in factors:
@@ -176,7 +176,7 @@ def classes_told(prompt: str, factors: Sequence[ClassNames]) -> tuple[int | None
         left = [word for word in left if word not in named]
     if told and not GLUE.issuperset(left):
         told[0] = None
-    return tuple(told)
+    return tuple(told), "" if told and told[0] is not None else prompt
 
 
 def _windows(tokens: Words, longest: int) -> Iterator[Words]:

@@ -52,6 +52,8 @@ class DiTConfig:
         text_size        the width of text embeddings; 0: the model takes no text
         text_tokens      the tokens of a text that every block attends to; 0: its embedding alone
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
+        mean_rank        the rank of the mean picture that the condition tells, which tokens see; 0: none
+        mean_maps        the maps from rank to picture that the condition mixes, such as one for each style
         rms_norm         norms by the root mean square, without the mean, those of qk_norm too
         head_channels    the channels handed to a small convolution at the end; 0: none
         attention        one kind of self-attention for all blocks, or one per block (`attention_kinds`)
@@ -96,6 +98,8 @@ class DiTConfig:
     rope: bool = False
     swiglu: bool = False
     layout_rank: int = 0
+    mean_rank: int = 0
+    mean_maps: int = 1
     head_channels: int = 0
     attention: tuple[str, ...] = ("full",)
     conv_mlp: bool = False
@@ -189,6 +193,11 @@ class DiTConfig:
             raise ValueError("text_tokens is for blocks of the kind adaln_zero alone: change blocks")
         if not isinstance(self.layout_rank, int) or self.layout_rank < 0:
             raise ValueError(f"layout_rank must be 0 (no layout path) or positive, not {self.layout_rank}")
+        if not isinstance(self.mean_rank, int) or self.mean_rank < 0:
+            raise ValueError(f"mean_rank must be 0 (no mean picture) or positive, not {self.mean_rank}")
+        check_counts(self, "mean_maps")
+        if self.mean_maps > 1 and not self.mean_rank:
+            raise ValueError("mean_maps is for mean_rank: set mean_rank, or leave it out")
 
     def _check_options(self) -> None:
         if self.frequency_shift not in (0, 1):
@@ -367,6 +376,11 @@ class DiTConfig:
         """The numbers of a condition embedding: the condition's own, and then those of its text tokens."""
         return self.hidden_size * (1 + self.text_tokens)
 
+    @property
+    def has_layout(self) -> bool:
+        """True if the condition gives every token of one size a bias of its own."""
+        return self.layout_rank > 0 or self.mean_rank > 0
+
     def modulation_vectors(self, kind: BlockKind) -> int:
         """Return the number of vectors (D,) that modulate a block of this kind, that of its gate included."""
         return MODULATIONS[kind] and MODULATIONS[kind] + self.condition_gate
@@ -381,7 +395,7 @@ class DiTConfig:
             tensors.append(("tokens", (2, self.hidden_size)))
         if self.adaptive_final:
             tensors.append(("final", (2, self.hidden_size)))
-        if self.layout_rank:
+        if self.has_layout:
             tensors.append(("layout", (self.tokens, self.hidden_size)))
         if self.text_tokens:
             tensors.append(("text", (self.text_tokens, self.hidden_size)))

@@ -31,7 +31,7 @@ def size_multiples(config: BundleConfig) -> Size | None:
         return (config.patch_size,) * 2
     if isinstance(config, DiTConfig):
         # A layout path has a bias for every token of one size.
-        return None if config.layout_rank else config.size_multiples
+        return None if config.has_layout else config.size_multiples
     return (1 << (len(config.multipliers) - 1),) * 2
 
 

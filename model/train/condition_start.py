@@ -2,13 +2,14 @@
 
 A class starts as what its pictures have in common: their mean, in principal components. A text starts as what
 a linear map of its sentence embedding tells of that. So classes that look alike start alike, which gradient
-descent finds slowly: each of a thousand classes has its turn once in a thousand rows.
+descent finds slowly: each of a thousand classes has its turn once in a thousand rows. A network with a
+conditional mean starts with what its classes look like, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from ditserve.model.data.dataset import Dataset
+from ditserve.model.nets.conditioner import ConditionalMean
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 
 Floats = npt.NDArray[np.float64]
@@ -45,11 +48,18 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
     counts, labels = [len(factor.classes) for factor in dataset.factors], dataset.labels[index]
     if not counts:
         return
-    means = class_means(pictures.reshape(len(index), -1), labels, counts)
-    codes = encode_means(means, network.config.hidden_size, std)
+    flat = pictures.reshape(len(index), -1)
+    mean = network.conditional_mean if isinstance(network, DiT) else None
     with torch.no_grad():
+        if mean is None:
+            codes = encode_means(class_means(flat, labels, counts), network.config.hidden_size, std)
+        else:
+            codes = start_mean(mean, flat, labels, counts, std)
         for table, rows in zip(network.y_embedder.tables, codes, strict=True):
-            cast(nn.Embedding, table).weight[: len(rows)] = torch.from_numpy(rows).float()
+            weight = cast(nn.Embedding, table).weight
+            weight[: len(rows)] = torch.from_numpy(rows).float()
+            if mean is not None:
+                weight[len(rows) :] = 0
         if dataset.texts is not None and network.y_embedder.text is not None:
             told = sum(rows[labels[:, factor]] for factor, rows in enumerate(codes))
             embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
@@ -57,7 +67,7 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
 
 
 def class_means(
-    pictures: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], counts: Sequence[int]
+    pictures: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int64], counts: Sequence[int]
 ) -> list[Floats]:
     """Return the (classes, L) of each factor whose sum is near the pictures (N, L) less their mean.
 
@@ -87,6 +97,72 @@ def encode_means(means: Sequence[Floats], size: int, std: float) -> list[Floats]
     # Column k of `left` times the root of its variance holds the means' components along direction k.
     codes[:, : len(kept)] = left[:, kept] * variance[kept] ** (0.5 + WHITENING)
     return np.split(codes * (std / codes.std()), np.cumsum([len(mean) for mean in means])[:-1])
+
+
+def start_mean(
+    mean: ConditionalMean,
+    pictures: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    counts: Sequence[int],
+    std: float,
+) -> list[Floats]:
+    """Set a conditional mean to that of pictures (N, L); return the codes (classes, D) of each factor.
+
+    The factor of most classes has codes, and another, of as many classes as there are maps or fewer, chooses
+    among the maps: each is the linear one from the codes to the pictures of its class. A class of pictures
+    that are not there looks in a map like its mean over the others. Null classes choose all maps alike, and
+    tell the offset alone. Where several factors are left, the codes tell nothing of them.
+    """
+    maps, rows, length = mean.basis.shape
+    coded = int(np.argmax(counts))
+    fitting = [k for k in range(len(counts)) if k != coded and counts[k] <= maps and maps > 1]
+    gated = max(fitting, key=lambda factor: counts[factor], default=None)
+    gate = np.zeros(len(pictures), np.int64) if gated is None else labels[:, gated]
+    used = 1 if gated is None else counts[gated]
+    centre = pictures.mean(0, dtype=np.float64)
+    offsets = class_means(pictures, gate[:, None], [used])[0]
+    looks = looks_in_maps(pictures - centre - offsets[gate], labels[:, coded], gate, (counts[coded], used))
+    left, values, right = np.linalg.svd(looks.reshape(counts[coded], -1), full_matrices=False)
+    size = mean.codes.in_features
+    kept = min(rows - 1, len(values), size - (0 if gated is None else used))
+    scale = np.maximum(values[:kept], 1e-9 * values[0]) ** (1 + 2 * WHITENING)
+    codes = left[:, :kept] * scale
+    factor = std / codes.std()
+    mean.basis.zero_()
+    basis = (right[:kept] * (values[:kept] / scale / factor)[:, None]).reshape(kept, used, length)
+    mean.basis[:used, 0] = torch.from_numpy(centre + offsets).float()
+    mean.basis[:used, 1 : 1 + kept] = torch.from_numpy(basis).float().transpose(0, 1)
+    tables = [np.zeros((count, size)) for count in counts]
+    first = 0 if gated is None else used
+    tables[coded][:, first : first + kept] = factor * codes
+    mean.codes.weight.zero_()
+    mean.codes.bias.zero_()
+    mean.codes.weight[:kept, first : first + kept] = torch.eye(kept)
+    if mean.gates is not None:
+        mean.gates.weight.zero_()
+        mean.gates.bias.zero_()
+        mean.gates.bias[:used] = 1 / used
+        if gated is not None:
+            # A class's own gate is 1, all others 0; they are told by their distances from being alike.
+            apart = std * used**0.5
+            tables[gated][:, :used] = apart * (np.eye(used) - 1 / used)
+            mean.gates.weight[:used, :used] = torch.eye(used) / apart
+    return tables
+
+
+def looks_in_maps(
+    pictures: Floats, classes: npt.NDArray[np.int64], maps: npt.NDArray[np.int64], counts: tuple[int, int]
+) -> Floats:
+    """Return the mean of the pictures (N, L) of each class in each map, (classes, maps, L).
+
+    Where a class has none in a map, it is the mean of the class over all maps.
+    """
+    cells, shape = classes * counts[1] + maps, (counts[0] * counts[1], pictures.shape[1])
+    looks, shown = np.zeros(shape), np.bincount(cells, minlength=shape[0])[:, None]
+    np.add.at(looks, cells, pictures)
+    looks /= np.maximum(shown, 1)
+    of_class = class_means(pictures, classes[:, None], counts[:1])[0].repeat(counts[1], axis=0)
+    return np.where(shown > 0, looks, of_class).reshape(*counts, -1)
 
 
 def start_text(text: nn.Linear, embeddings: npt.NDArray[np.float32], codes: Floats) -> None:

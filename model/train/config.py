@@ -86,6 +86,10 @@ class TrainConfig(RunConfig):
     label_dropout: Rates = (0.1,)
     """Probability that a label is dropped: one rate, or one per factor."""
     text_dropout: Rate = 0.1
+    text_instead: Rate | None = None
+    """Share of the rows whose text stands in place of the first factor's label; the others have no text.
+
+    So a prompt learns to say alone what is drawn. None: text and label are each dropped by themselves."""
     joint_dropout: Rate | None = None
     """Probability that all conditions are dropped together, which trains what guidance subtracts.
 
@@ -296,10 +300,11 @@ class TrainConfig(RunConfig):
                     f"model.{field} is {self.model[field]}, but {value} by the data: leave it out"
                 )
         if len(set(sizes)) > 1:
-            if self.model.get("layout_rank"):
-                raise ValueError(
-                    "model.layout_rank fixes the picture size: train without it, or without stages"
-                )
+            for field in ("layout_rank", "mean_rank"):
+                if self.model.get(field):
+                    raise ValueError(
+                        f"model.{field} fixes the picture size: train without it, or without stages"
+                    )
             if self.model.get("network", "dit") == "dit":
                 fields["base_size"] = sizes[0]
         classes = tuple(len(factor.classes) for factor in dataset.factors)

@@ -25,17 +25,23 @@ UNCONDITIONAL = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ConditionDropout:
-    """The rates at which each label factor, the text (None: no text), and all together are dropped."""
+    """The rates at which each label factor, the text (None: no text), and all together are dropped.
+
+    `instead` is the share of rows that have a text and no first label; the others have no text. None: text
+    and labels are dropped independently.
+    """
 
     labels: tuple[float, ...]
     text: float | None
     joint: float
+    instead: float | None = None
 
     @property
     def unconditional(self) -> float:
         """The share of rows without any condition; 0 for a model that has no conditions."""
-        rates = _rates(self.labels, self.text)
-        return self.joint + (1 - self.joint) * math.prod(rates) if rates else 0.0
+        if not _rates(self.labels, self.text):
+            return 0.0
+        return self.joint + (1 - self.joint) * _nothing(self.labels, self.text, self.instead)
 
     def apply(
         self, labels: Tensor, text: Tensor | None, network: NetworkConfig, generator: torch.Generator
@@ -47,6 +53,10 @@ class ConditionDropout:
         labels = drop_labels(labels, network, self.labels, generator)
         if text is not None:
             text = drop_text(text, self.text or 0.0, generator)
+        if text is not None and self.instead is not None:
+            told = torch.rand(len(labels), 1, generator=generator) < self.instead  # (N, 1)
+            first = torch.where(told, null_labels(network, len(labels))[:, :1], labels[:, :1])
+            labels, text = torch.cat([first, labels[:, 1:]], dim=1), text * told
         if self.joint:
             dropped = torch.rand(len(labels), 1, generator=generator) < self.joint  # (N, 1)
             labels = torch.where(dropped, null_labels(network, len(labels)), labels)
@@ -72,16 +82,26 @@ def condition_dropout(config: TrainConfig, dataset: Dataset) -> ConditionDropout
             "give one, or one each"
         )
     text = None if dataset.texts is None else config.text_dropout
-    joint = config.joint_dropout
-    return ConditionDropout(labels, text, _joint(_rates(labels, text)) if joint is None else joint)
+    joint, instead = config.joint_dropout, config.text_instead
+    if instead is not None and (text is None or not count):
+        raise ValueError("text_instead needs texts and labels: set data.text, or leave it out")
+    if joint is None:
+        joint = _joint(_rates(labels, text), _nothing(labels, text, instead))
+    return ConditionDropout(labels, text, joint, instead)
+
+
+def _nothing(labels: Sequence[float], text: float | None, instead: float | None) -> float:
+    """Return the share of rows without any condition, before all are dropped together."""
+    if text is None or instead is None:
+        return math.prod(_rates(labels, text))
+    return (instead * text + (1 - instead) * labels[0]) * math.prod(labels[1:])
 
 
 def _rates(labels: Sequence[float], text: float | None) -> tuple[float, ...]:
     return tuple(labels) if text is None else (*labels, text)
 
 
-def _joint(rates: Sequence[float]) -> float:
-    chance = math.prod(rates)
+def _joint(rates: Sequence[float], chance: float) -> float:
     if len(rates) < 2 or not 0 < chance < UNCONDITIONAL:
         return 0.0
     return (UNCONDITIONAL - chance) / (1 - chance)

@@ -26,6 +26,11 @@ Weights = dict[str, Tensor]
 
 PATCHES = "x_embedder.proj.weight"
 TABLE, OFFICIAL_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
+# The options that the official DiT has, beside its one label factor.
+PLAIN_FIELDS = (
+    *("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio"),
+    *("learn_sigma", "frequency_shift", "mlp_norm_eps"),
+)
 _HEADS = {hidden: heads for _, hidden, heads in SIZES.values()}
 
 
@@ -179,25 +184,8 @@ def _heads(hidden: int, given: int | None, told: int | None) -> int:
 
 def check_plain(config: DiTConfig) -> None:
     """Raise WeightsError unless the configuration uses only options that the official DiT has."""
-    plain = replace(
-        config,
-        blocks=("adaln_zero",),
-        attention_width=None,
-        classes=config.classes[:1] or (1,),
-        text_size=0,
-        fusion="sum",
-        qk_norm=False,
-        rms_norm=False,
-        rope=False,
-        swiglu=False,
-        layout_rank=0,
-        head_channels=0,
-        attention=("full",),
-        conv_mlp=False,
-        levels=(0,),
-        merge_tokens=0.0,
-        base_size=None,
-    )
+    kept = {field: getattr(config, field) for field in PLAIN_FIELDS}
+    plain = DiTConfig(**kept, classes=config.classes[:1] or (1,))
     extra = [
         field.name
         for field in fields(plain)

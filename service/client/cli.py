@@ -152,16 +152,17 @@ def _picture(path: str) -> bytes:
 
 
 def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """Return the condition that a prompt names; a model that reads text is given the prompt as well.
+    """Return the condition that a prompt names; a model that reads text is given it where it says more.
 
     Raises:
         UnknownCondition: the prompt names no class of the model's first factor.
     """
     factors = [Factor(**factor) for factor in model["factors"]]
-    vocabulary, text = Vocabulary(factors), {"text": prompt} if model["text"] else {}
-    term = vocabulary.told(spell_pictographs(prompt)) if text else vocabulary.match(prompt)
+    vocabulary = Vocabulary(factors)
+    term = vocabulary.told(spell_pictographs(prompt)) if model["text"] else vocabulary.match(prompt)
     named = zip(factors, term.labels, strict=True)
-    return {**text, **{factor.name: label for factor, label in named if label is not None}}
+    condition = {factor.name: label for factor, label in named if label is not None}
+    return condition | ({"text": term.text} if term.text else {})
 
 
 def _follow(client: Client, job_id: str) -> None:

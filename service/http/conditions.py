@@ -82,14 +82,11 @@ def requested_conditions(
 def _prompted(
     request: GenerateRequest, prompt: str, manifest: Manifest, vocabulary: Vocabulary
 ) -> RequestedConditions:
-    """Return the condition of a prompt: its text with the classes that it tells, or the classes alone."""
+    """Return the condition of a prompt: the classes that it tells, and its text where it says more."""
     if request.condition:
         raise field_error("prompt", "Give a prompt or a condition, not both.")
-    if manifest.config.text_size:
-        text = _text(prompt, manifest)
-        term = replace(vocabulary.told(text), text=text)
-    else:
-        term = vocabulary.match(prompt)
+    reads = manifest.config.text_size > 0
+    term = vocabulary.told(_text(prompt, manifest)) if reads else vocabulary.match(prompt)
     return _with_negative((term,), "linear", request, manifest)
 
 

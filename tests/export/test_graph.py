@@ -59,6 +59,7 @@ OPTIONS: dict[str, NetworkConfig] = {
         PLAIN, depth=1, classes=(), swiglu=True, head_channels=6, blocks=("adaln",), base_size=(8, 8)
     ),
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
+    "conditional mean": replace(PLAIN, depth=1, mean_rank=3, mean_maps=2),
     "text tokens alone, qk-norm": replace(
         PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True
     ),
@@ -107,7 +108,7 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     expected = expected_outputs(source.network, rows)
     bands = verify_graphs(source.manifest, tmp_path, rows, expected)
     conditional = bool(config.classes or config.text_size)
-    free = not (isinstance(config, DiTConfig) and config.layout_rank)
+    free = not (isinstance(config, DiTConfig) and config.has_layout)
     assert ("embedder.onnx" in bands) is conditional
     assert any(name.startswith("backbone.onnx at ") for name in bands) is free
     backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph

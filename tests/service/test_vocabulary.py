@@ -105,7 +105,9 @@ def test_a_model_without_factors_matches_every_prompt() -> None:
     ],
 )
 def test_a_text_tells_a_class_where_it_says_nothing_else(text: str, labels: tuple[int | None, ...]) -> None:
-    assert VOCABULARY.told(text).labels == labels
+    term = VOCABULARY.told(text)
+    assert term.labels == labels
+    assert term.text == ("" if labels[0] is not None else text)
 
 
 def test_a_text_tells_no_class_by_a_name_of_two() -> None:

@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unconditional": {"classes": ()},
     "layout": {"layout_rank": 2},
     "layout with tokens": {"layout_rank": 2, "blocks": "cross_attention"},
+    "conditional mean": {"mean_rank": 4, "mean_maps": 3, "text_size": 6, "text_tokens": 2},
+    "conditional mean of one map, layout": {"mean_rank": 2, "layout_rank": 2},
     "convolutional head": {"head_channels": 6},
     "windows": {"attention": ("window:2", "window:2+1", "window:4+1"), "rope": True},
     "neighbourhoods": {"attention": "neighbourhood:1", "qk_norm": True},

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ditserve.model.nets.dit import DiT
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.condition_start import (
+    Floats,
     class_means,
     encode_means,
+    start_mean,
     start_text,
 )
 
@@ -48,3 +52,52 @@ def test_texts_start_as_the_best_linear_map() -> None:
         start_text(text, embeddings.astype(np.float32), embeddings @ told + 2.0)
         mapped = text(torch.from_numpy(embeddings).float()).numpy()
     np.testing.assert_allclose(mapped, embeddings @ told + 2.0, atol=0.02)
+
+
+# Each shape looks another way in each colour, on 2 channels of 4×4; the last shape is not there in the last.
+LOOKS = RNG.normal(size=(12, 3, 32)) + SHAPES[:, None] + COLOURS
+THERE = (LABELS[:, 0] < 11) | (LABELS[:, 1] < 2)
+SHOWN = (LOOKS[LABELS[:, 0], LABELS[:, 1]] + 0.01 * RNG.normal(size=(len(LABELS), 32)))[THERE]
+
+
+def started(maps: int) -> DiT:
+    """Return a network whose conditional mean has started from the pictures."""
+    config = DiTConfig(
+        image_size=(4, 4), in_channels=2, hidden_size=32, depth=1, num_heads=2, classes=COUNTS,
+        learn_sigma=False, mean_rank=20, mean_maps=maps,
+    )  # fmt: skip
+    network = DiT(config)
+    assert network.conditional_mean is not None
+    with torch.no_grad():
+        pictures = SHOWN.astype(np.float32)
+        codes = start_mean(network.conditional_mean, pictures, LABELS[THERE], COUNTS, 0.3)
+        for table, rows in zip(network.y_embedder.tables, codes, strict=True):
+            table.get_parameter("weight")[:-1] = torch.from_numpy(rows)
+            table.get_parameter("weight")[-1] = 0
+    return network
+
+
+def told(network: DiT, *labels: tuple[int, int]) -> Floats:
+    assert network.conditional_mean is not None
+    with torch.no_grad():
+        return network.conditional_mean.mean(network.embed(torch.tensor(labels))).flatten(1).double().numpy()
+
+
+def test_a_conditional_mean_starts_as_what_each_class_looks_like_in_each_map() -> None:
+    network = started(maps=3)
+    *seen, unseen = [(shape, colour) for shape in range(12) for colour in range(3)]
+    expected = np.array([LOOKS[pair] for pair in seen])
+    assert (told(network, *seen) - expected).var() < 0.01 * expected.var()
+    # A pair that no picture shows is nearer to what it is than the mean picture.
+    error, of_mean = told(network, unseen)[0] - LOOKS[unseen], SHOWN.mean(0) - LOOKS[unseen]
+    assert np.square(error).sum() < np.square(of_mean).sum()
+    # Without a colour a shape is the mean of its colours, and without either it is that of all pictures.
+    np.testing.assert_allclose(told(network, (4, 3))[0], LOOKS[4].mean(0), atol=0.1)
+    np.testing.assert_allclose(told(network, (12, 3))[0], SHOWN.mean(0), atol=0.1)
+
+
+def test_a_conditional_mean_of_one_map_is_what_a_class_has_in_common() -> None:
+    network, labels = started(maps=1), LABELS[THERE]
+    expected = np.array([SHOWN[labels[:, 0] == shape].mean(0) for shape in range(12)])
+    left = told(network, *((shape, 0) for shape in range(12))) - expected
+    assert left.var() < 0.01 * expected.var()

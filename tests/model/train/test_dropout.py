@@ -56,6 +56,28 @@ def test_text_counts_as_a_condition_and_is_dropped_with_the_others(tmp_path: Pat
     assert text is not None
     assert not text.any()
     assert ConditionDropout((0.1,), 0.1, 0.0).unconditional == pytest.approx(0.01)
+
+
+def test_a_text_stands_in_place_of_the_first_label(tmp_path: Path) -> None:
+    dropout = ConditionDropout((0.1, 0.5), 0.2, 0.0, instead=0.3)
+    assert dropout.unconditional == pytest.approx((0.3 * 0.2 + 0.7 * 0.1) * 0.5)
+    config = tiny_config(tmp_path)
+    network = config.network_config(config.open_dataset())
+    generator = torch.Generator().manual_seed(0)
+    labels, text = dropout.apply(
+        torch.zeros(4000, 2, dtype=torch.int64), torch.ones(4000, 3), network, generator
+    )
+    assert text is not None
+    told, labelled = text.any(1), labels == 0
+    assert not (told & labelled[:, 0]).any()
+    assert float(told.float().mean()) == pytest.approx(0.3 * 0.8, abs=0.03)
+    assert float(labelled[:, 0].float().mean()) == pytest.approx(0.7 * 0.9, abs=0.03)
+    assert float(labelled[:, 1].float().mean()) == pytest.approx(0.5, abs=0.03)
+    with pytest.raises(ValueError, match="text_instead needs texts and labels"):
+        condition_dropout(tiny_config(tmp_path, text_instead=0.5), config.open_dataset())
+
+
+def test_a_model_without_conditions_has_no_rows_without() -> None:
     assert ConditionDropout((), None, 0.0).unconditional == 0
 
 

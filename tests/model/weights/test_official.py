@@ -206,7 +206,11 @@ def test_other_diffusers_models_are_refused(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"qk_norm": True}, {"blocks": ("adaln",)}, {"classes": (5, 3)}, {"base_size": (4, 4)}]
+    "changes",
+    [
+        *({"qk_norm": True}, {"blocks": ("adaln",)}, {"classes": (5, 3)}, {"base_size": (4, 4)}),
+        *({"shared_modulation": True}, {"condition_gate": True}, {"experts": 2}, {"mean_rank": 2}),
+    ],
 )
 def test_only_plain_models_are_exported(network: Make, changes: dict[str, Any]) -> None:
     dit = network(replace(PLAIN, **changes))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -267,18 +266,29 @@ class TestClimbing:
         assert plan([self.cut(deadline=17.0)]) == []
 
 
-def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
-    """The processor's clock keeps neighbours out, and the best of many runs keeps interrupts out."""
-    crowd = [sample(str(k), 350.0 + k, steps=50 if k % 2 else 20, guided=k % 3 > 0) for k in range(64)]
-    planner, costs = Planner(LADDER), line()
-    assert planner.plan(crowd, 0.0, costs, max_rows=16), "a plan with cuts is the expensive kind"
+def quickest(work: Callable[[], object]) -> float:
+    """Return the processor's seconds, which keep neighbours out, of the best run, which keeps interrupts out."""
     took = []
     for _ in range(20):
         began = time.thread_time()
-        planner.plan(crowd, 0.0, costs, max_rows=16)
+        work()
         took.append(time.thread_time() - began)
-    # A tracer, such as that of coverage, is called at every line.
-    assert min(took) < (1e-3 if sys.gettrace() is None else 3e-3)
+    return min(took)
+
+
+def test_planning_64_samples_takes_about_a_millisecond() -> None:
+    """It takes as long as 20,000 turns of a loop, on a slow machine and under a tracer too."""
+    crowd = [sample(str(k), 350.0 + k, steps=50 if k % 2 else 20, guided=k % 3 > 0) for k in range(64)]
+    planner, costs = Planner(LADDER), line()
+    assert planner.plan(crowd, 0.0, costs, max_rows=16), "a plan with cuts is the expensive kind"
+
+    def turns() -> int:
+        total = 0
+        for k in range(20_000):
+            total += k
+        return total
+
+    assert quickest(lambda: planner.plan(crowd, 0.0, costs, max_rows=16)) < 2 * quickest(turns)
 
 
 class TestDemand:
