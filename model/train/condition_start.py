@@ -40,15 +40,16 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
     does a network without label factors.
     """
     rng = np.random.default_rng(seed)
-    index = dataset.training
+    counts = [len(factor.classes) for factor in dataset.factors]
+    # What is not labelled whole tells nothing of its classes.
+    index = dataset.training[(dataset.labels[dataset.training] < counts).all(1)]
+    if not counts or not len(index):
+        return
     if len(index) > EXAMPLES:
         index = np.sort(rng.choice(index, EXAMPLES, replace=False))
     chunks = [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
     pictures = np.concatenate([dataset.batch(chunk, rng) for chunk in chunks])  # (N, C, H, W)
-    counts, labels = [len(factor.classes) for factor in dataset.factors], dataset.labels[index]
-    if not counts:
-        return
-    flat = pictures.reshape(len(index), -1)
+    flat, labels = pictures.reshape(len(index), -1), dataset.labels[index]
     mean = network.conditional_mean if isinstance(network, DiT) else None
     with torch.no_grad():
         if mean is None:

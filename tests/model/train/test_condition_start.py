@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.condition_start import (
     Floats,
     class_means,
     encode_means,
+    start_conditions,
     start_mean,
     start_text,
 )
+from tests.model.train.training_cases import tiny_config
 
 RNG = np.random.default_rng(0)
 COUNTS = (12, 3)
@@ -101,3 +108,22 @@ def test_a_conditional_mean_of_one_map_is_what_a_class_has_in_common() -> None:
     expected = np.array([SHOWN[labels[:, 0] == shape].mean(0) for shape in range(12)])
     left = told(network, *((shape, 0) for shape in range(12))) - expected
     assert left.var() < 0.01 * expected.var()
+
+
+@pytest.mark.parametrize("shape", [{}, {"mean_rank": 4, "mean_maps": 2}])
+def test_pictures_that_are_not_labelled_whole_tell_nothing(tmp_path: Path, shape: dict[str, int]) -> None:
+    config = tiny_config(tmp_path)
+    config = config.model_copy(update={"model": {**config.model, **shape}})
+    dataset = config.open_dataset()
+    labels = dataset.labels.copy()
+    labels[dataset.training[::3], -1] = len(dataset.factors[-1].classes)
+    some, none = copy.copy(dataset), copy.copy(dataset)
+    vars(some)["labels"] = labels
+    vars(none)["labels"] = np.full_like(labels, max(len(factor.classes) for factor in dataset.factors))
+    for data, starts in ((some, True), (none, False)):
+        network = make_network(config.network_config(dataset))
+        before = network.y_embedder.tables[0].get_parameter("weight").clone()
+        start_conditions(network, data, std=0.3, seed=0)
+        after = network.y_embedder.tables[0].get_parameter("weight")
+        assert torch.isfinite(after).all()
+        assert torch.equal(before, after) is not starts

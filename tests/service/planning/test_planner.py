@@ -267,7 +267,7 @@ class TestClimbing:
 
 
 def quickest(work: Callable[[], object]) -> float:
-    """Return the processor's seconds, which keep neighbours out, of the best run, which keeps interrupts out."""
+    """Return the processor's seconds of the best run: neighbours and interrupts are kept out."""
     took = []
     for _ in range(20):
         began = time.thread_time()
