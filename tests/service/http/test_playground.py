@@ -157,7 +157,13 @@ class TestInChromium:
             await page.click("#go")
             await page.wait_for_selector("#facts:not([hidden])")
             (term,) = stage.worker.claimed[-1].job.condition
-            assert (term.text, set(term.labels)) == (asked, {None})
+            named = [factor["classes"][k] for factor, k in zip(manifest["factors"], term.labels, strict=True)]
+            assert (term.text, ", ".join(named).replace("-", " ")) == ("", asked)
+            await page.fill("#text", f"{asked} with a hat")
+            await page.click("#go")
+            await page.wait_for_selector(f"#wall button[title^='{asked} with a hat']")
+            (term,) = stage.worker.claimed[-1].job.condition
+            assert (term.text, term.labels[0]) == (f"{asked} with a hat", None)
 
     async def test_by_keyboard_alone(
         self, open_stage: OpenStage, serve: Serve, many_fruits: Path, browse: Browse
