@@ -36,8 +36,9 @@ WHITENING = -0.25
 def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: int) -> None:
     """Set the label tables and the text map of `network` from the training examples.
 
-    The tables together have standard deviation `std`. Null classes and "no text" stay as they are, and so
-    does a network without label factors.
+    The tables together have standard deviation `std`. Null classes and "no text" stay as they are, or are
+    zeros in a network with a conditional mean. Nothing changes without label factors, or where no example has
+    all of its labels.
     """
     rng = np.random.default_rng(seed)
     counts = [len(factor.classes) for factor in dataset.factors]
@@ -62,6 +63,8 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
             if mean is not None:
                 weight[len(rows) :] = 0
         if dataset.texts is not None and network.y_embedder.text is not None:
+            if mean is not None:
+                network.y_embedder.no_text.zero_()
             told = sum(rows[labels[:, factor]] for factor, rows in enumerate(codes))
             embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
             start_text(network.y_embedder.text, embeddings[:, : dataset.texts.size], np.asarray(told))
