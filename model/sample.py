@@ -33,7 +33,7 @@ from ditserve.model.sampling.prompt import (
     embed_terms,
     encoder_of,
     parse_condition,
-    prompt_term,
+    prompt_terms,
     read_prompts,
 )
 from ditserve.model.sampling.sheet import (
@@ -202,7 +202,7 @@ def _terms(manifest: Manifest, options: argparse.Namespace) -> list[PromptTerm]:
         raise SampleError("--prompts is a sheet of its own: leave --condition and --prompt out")
     terms = [parse_condition(text, manifest.factors) for text in options.condition]
     prompts = read_prompts(options.prompts) if options.prompts else options.prompt
-    return [*terms, *(prompt_term(prompt, manifest.factors) for prompt in prompts)]
+    return [*terms, *prompt_terms(prompts, manifest.factors)]
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def _sheet(opened: _Opened, options: argparse.Namespace) -> ConditionSheet:
     """
     network, factors = opened.loaded.network, opened.loaded.manifest.factors
     if options.prompts:
-        captions = [term.text or "" for term in opened.terms]
+        captions = read_prompts(options.prompts)
         return prompt_sheet(captions, opened.parts, options.count or 1, options.columns)
     if options.count and factors:
         raise ValueError("--count is of a condition: name one with -c, or leave it out for one of each class")

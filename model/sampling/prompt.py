@@ -72,10 +72,14 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
     return PromptTerm(labels, sentence, weight)
 
 
-def prompt_term(prompt: str, factors: Sequence[Factor]) -> PromptTerm:
-    """Return the condition of a prompt as the service reads it: classes told, and text if it says more."""
-    labels, text = classes_told(spell_pictographs(prompt), [ClassNames(factor) for factor in factors])
-    return PromptTerm(labels, text or None)
+def prompt_terms(prompts: Sequence[str], factors: Sequence[Factor]) -> list[PromptTerm]:
+    """Return the conditions of prompts as the service reads them: classes told, and text if it says more."""
+    names = [ClassNames(factor) for factor in factors]
+    told = [classes_told(spell_pictographs(prompt), names) for prompt in prompts]
+    return [
+        PromptTerm(labels, prompt if left else None)
+        for prompt, (labels, left) in zip(prompts, told, strict=True)
+    ]
 
 
 def _class(factor: Factor, name: str | None) -> int | None:

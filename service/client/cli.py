@@ -162,7 +162,7 @@ def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
     term = vocabulary.told(spell_pictographs(prompt)) if model["text"] else vocabulary.match(prompt)
     named = zip(factors, term.labels, strict=True)
     condition = {factor.name: label for factor, label in named if label is not None}
-    return condition | ({"text": term.text} if term.text else {})
+    return condition | ({"text": prompt} if term.text else {})
 
 
 def _follow(client: Client, job_id: str) -> None:

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from ditserve.model.nets.dit import DiT
-from ditserve.model.sampling.prompt import PromptTerm, SampleError, embed_terms, parse_condition
+from ditserve.model.sampling.prompt import (
+    PromptTerm,
+    SampleError,
+    embed_terms,
+    parse_condition,
+    prompt_terms,
+)
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import Factor
 
@@ -68,3 +74,12 @@ def test_text_goes_through_the_named_encoder(
         embed_terms(network(tiny(text_size=7)), terms, "counting")
     with pytest.raises(SampleError, match="takes no text"):
         embed_terms(network(), terms, "counting")
+
+
+def test_a_prompt_is_the_classes_that_it_tells_or_its_text_as_it_is_written() -> None:
+    factors = (Factor(name="label", classes=("cat face", "ox")), Factor(name="style", classes=("noto",)))
+    terms = prompt_terms(("an ox in noto style", "🐱", "a 🐱 in the rain, noto"), factors)
+    told, emoji, more = terms
+    assert (told, emoji) == (PromptTerm((1, 0)), PromptTerm((0, None)))
+    assert more == PromptTerm((None, 0), "a 🐱 in the rain, noto")
+    assert prompt_terms(("a  🐱",), ()) == [PromptTerm((), "a  🐱")]
