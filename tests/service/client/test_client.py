@@ -297,4 +297,7 @@ class TestCommand:
         factors = [{"name": "label", "classes": ["apple"]}]
         model = {"text": True, "factors": factors}
         assert generate._condition(model, "a lemon in the snow") == {"text": "a lemon in the snow"}
+        assert generate._condition(model, "an apple") == {"label": 0}
+        # An imported pipeline's encoder may know emoji: they go as they are written.
+        assert generate._condition({"text": True, "factors": []}, "a 🍋") == {"text": "a 🍋"}
         assert generate._condition({**model, "text": False}, "an apple") == {"label": 0}
