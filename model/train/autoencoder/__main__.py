@@ -101,6 +101,8 @@ def training_record(config: AutoencoderTrainConfig, step: int) -> dict[str, obje
     """Return what the card of an autoencoder tells of its training; paths of this machine are left out."""
     record = config.model_dump(mode="json", exclude={"output"})
     record["data"]["path"] = config.data.path.name
+    if config.decoder_of is not None:
+        record["decoder_of"] = config.decoder_of.name
     return {**record, "step": step}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import model_validator
 
+from ditserve.model.data.dataset import NamedPath
 from ditserve.model.nets.small_autoencoder import SmallAutoencoderConfig
 from ditserve.model.train.run_config import Count, Positive, RunConfig, Weight, read_fields
 
@@ -17,6 +18,9 @@ class AutoencoderTrainConfig(RunConfig):
     """
 
     autoencoder: SmallAutoencoderConfig = SmallAutoencoderConfig()
+    decoder_of: NamedPath | None = None
+    """Go on from the autoencoder in this folder, and train its decoder alone: latents that its encoder made
+    stay what they are. Its sizes are those of the folder."""
     batch: Count = 16
     lr: Positive = 2e-3
     crop: Count | None = None
@@ -28,10 +32,9 @@ class AutoencoderTrainConfig(RunConfig):
     """Weight of the mean squared latent."""
 
     @model_validator(mode="after")
-    def _crop_fits(self) -> AutoencoderTrainConfig:
-        factor = self.autoencoder.factor
-        if self.crop is not None and self.crop % factor:
-            raise ValueError(f"crop {self.crop} is not divisible by {factor}, the autoencoder's reduction")
+    def _sizes_once(self) -> AutoencoderTrainConfig:
+        if self.decoder_of is not None and "autoencoder" in self.model_fields_set:
+            raise ValueError("decoder_of names a folder that has its sizes: leave autoencoder out")
         return self
 
 

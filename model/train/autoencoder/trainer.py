@@ -16,6 +16,7 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError, batch_indices
 from ditserve.model.data.texture import edge_error, grain, psnr
 from ditserve.model.distributed.parallel import single_process
+from ditserve.model.nets.autoencoder import SmallVae, fingerprint, open_latent_autoencoder
 from ditserve.model.nets.small_autoencoder import SmallAutoencoder
 from ditserve.model.train.autoencoder.config import AutoencoderTrainConfig
 from ditserve.model.train.checkpoint import TrainingState, restore, save
@@ -47,15 +48,18 @@ class AutoencoderTrainer:
     Every random number is a function of (seed, step), so a stopped run goes on as if it had not stopped.
 
     Raises:
-        DataError: the data cannot be opened, holds latents, or has a size that does not suit.
+        AutoencoderError: `decoder_of` cannot be read.
+        DataError: the data cannot be opened, holds latents, or has a size that does not suit; `decoder_of`
+            is of diffusers.
     """
 
     def __init__(self, config: AutoencoderTrainConfig) -> None:
         self.config = config
         self.dataset: Dataset = config.data.open()
-        self._check_size()
         torch.manual_seed(config.seed)
-        network = SmallAutoencoder(config.autoencoder).to(config.device)
+        network = self._start().to(config.device)
+        self.spec = network.config
+        self._check_size()
         self.state = TrainingState(
             single_process(network),
             make_optimizer(network, config),
@@ -65,13 +69,32 @@ class AutoencoderTrainer:
         self.checkpoints = config.output / "checkpoints"
         fixed = {key: value for key, value in config.model_dump(mode="json").items() if key not in CHANGEABLE}
         self.identity: dict[str, Any] = {**fixed, "content": self.dataset.fingerprint()}
+        if config.decoder_of is None:
+            # As in the checkpoints of releases that always trained both halves.
+            del self.identity["decoder_of"]
+        else:
+            self.identity["decoder_of"] = fingerprint(config.decoder_of)
+
+    def _start(self) -> SmallAutoencoder:
+        """Return the autoencoder that training starts from."""
+        folder = self.config.decoder_of
+        if folder is None:
+            return SmallAutoencoder(self.config.autoencoder)
+        opened = open_latent_autoencoder(folder)
+        if not isinstance(opened, SmallVae):
+            raise DataError(f"decoder_of: {folder} holds no autoencoder of model.train.autoencoder")
+        network = opened.autoencoder.train()
+        network.decoder.requires_grad_(True)
+        return network
 
     def _check_size(self) -> None:
-        factor, crop, path = self.config.autoencoder.factor, self.config.crop, self.config.data.path
+        factor, crop, path = self.spec.factor, self.config.crop, self.config.data.path
         if self.dataset.channels != 3:
             raise DataError(f"{path} holds latents: an autoencoder learns from pictures")
         if any(side % factor for side in self.dataset.size):
             raise DataError(f"{path}: sides of {self.dataset.size} do not divide by {factor}: set data.size")
+        if crop is not None and crop % factor:
+            raise DataError(f"crop {crop} is not divisible by {factor}, the autoencoder's reduction")
         if crop is not None and crop > min(self.dataset.size):
             raise DataError(f"crop {crop} is larger than the pictures of {path}, {self.dataset.size}")
 
@@ -119,7 +142,7 @@ class AutoencoderTrainer:
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
         """Return the loss of pictures (N, 3, H, W), and the terms that it is the weighted sum of."""
-        config, spec = self.config, self.config.autoencoder
+        config, spec = self.config, self.spec
         generator = torch.Generator().manual_seed(1_000_003 * config.seed + self.state.step)
         height, width = (side // spec.factor for side in images.shape[2:])
         noise = torch.randn((len(images), spec.latent_channels, height, width), generator=generator)
@@ -145,7 +168,7 @@ class AutoencoderTrainer:
 
     def averaged_network(self) -> SmallAutoencoder:
         """Return the autoencoder with averaged weights, in evaluation mode, on the CPU."""
-        network = SmallAutoencoder(self.config.autoencoder)
+        network = SmallAutoencoder(self.spec)
         self.state.ema.copy_to(network)
         return network.eval().requires_grad_(False)
 

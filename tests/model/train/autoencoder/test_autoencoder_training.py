@@ -97,9 +97,25 @@ def test_another_run_is_not_continued(trained: Path, capsys: pytest.CaptureFixtu
     assert "edge_weight" in capsys.readouterr().err
 
 
+def test_a_decoder_is_trained_alone_on_latents_that_stay(trained: Path, tmp_path: Path) -> None:
+    before = load_small_autoencoder(trained / "autoencoder")
+    file = run(tmp_path, decoder_of=str(trained / "autoencoder"), steps=30)
+    fields = json.loads(file.read_text())
+    del fields["autoencoder"]
+    file.write_text(json.dumps(fields))
+    assert main(["--config", str(file)]) == 0
+    after = load_small_autoencoder(tmp_path / "run" / "autoencoder")
+    for half, same in (("encoder", True), ("decoder", False)):
+        ours, theirs = (getattr(network, half).state_dict().values() for network in (before, after))
+        assert all(map(torch.equal, ours, theirs)) is same
+    card = json.loads((tmp_path / "run" / "autoencoder" / "autoencoder.json").read_text())
+    assert card["training"]["decoder_of"] == "autoencoder"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"decoder_of": "nowhere"}, "leave autoencoder out"),
         ({"crop": 6}, "crop 6 is not divisible by 4"),
         ({"crop": 32}, "crop 32 is larger than the pictures"),
         ({"autoencoder": {"widths": [8], "blocks": [1, 1]}}, "blocks must be 1 counts"),
