@@ -23,7 +23,9 @@ Config = TypeVar("Config", bound=NetworkConfig)
 
 
 class ConditionEmbedder(nn.Module):
-    """The embedder of conditions: labels (N, F) int64 and texts (N, text_width) → (N, D) or (N, (1 + S)·D).
+    """The embedder of conditions: labels (N, F) int64 and texts (N, text_width) → (N, W) or (N, W + S·D).
+
+    W is D, and after it the `more` numbers that are told in the same way to a part of the network of its own.
 
     Each label factor has a table whose last row is the null class. Text has a linear map, and a learned
     vector stands for no text. The parts are summed; `fusion` "mlp" adds a residual MLP over the sum.
@@ -40,17 +42,19 @@ class ConditionEmbedder(nn.Module):
         text_size: int = 0,
         text_tokens: int = 0,
         fusion: str = "sum",
+        more: int = 0,
     ) -> None:
         super().__init__()
-        self.hidden_size, self.text_size, self.text_tokens = hidden_size, text_size, text_tokens
-        self.tables = nn.ModuleList(nn.Embedding(count + 1, hidden_size) for count in classes)
+        self.width, self.text_size, self.text_tokens = hidden_size + more, text_size, text_tokens
+        width = self.width
+        self.tables = nn.ModuleList(nn.Embedding(count + 1, width) for count in classes)
         self.text: nn.Linear | None = None
         if text_size:
-            self.text = nn.Linear(text_size, hidden_size)
-            self.no_text = nn.Parameter(torch.zeros(hidden_size))
+            self.text = nn.Linear(text_size, width)
+            self.no_text = nn.Parameter(torch.zeros(width))
         self.token = nn.Linear(text_size, hidden_size) if text_tokens else None
         self.fusion = (
-            nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
             if fusion == "mlp"
             else None
         )
@@ -78,14 +82,14 @@ class ConditionEmbedder(nn.Module):
         return self.text_size * (1 + self.text_tokens)
 
     def _sum(self, labels: Tensor, text: Tensor | None) -> Tensor:
-        parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, D)
+        parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, W)
         if self.text is not None:
             parts.append(self._text(len(labels), text))
         elif text is not None:
             raise ValueError("this model takes no text: its text_size is 0")
         # An unconditional model has neither labels nor text.
         if not parts:
-            return torch.zeros(len(labels), self.hidden_size, device=labels.device)
+            return torch.zeros(len(labels), self.width, device=labels.device)
         total: Tensor = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return total if self.fusion is None else total + self.fusion(total)
 
@@ -119,7 +123,7 @@ class ConditionEmbedder(nn.Module):
         if self.token is None:
             self._check_text(rows, text)
         given = (text != 0).any(dim=1, keepdim=True)  # (N, 1)
-        return torch.where(given, self.text(text.to(self.text.weight.dtype)), self.no_text)  # (N, D)
+        return torch.where(given, self.text(text.to(self.text.weight.dtype)), self.no_text)  # (N, W)
 
 
 class LayoutPath(nn.Module):
@@ -141,36 +145,56 @@ class LayoutPath(nn.Module):
         return torch.matmul(weights, self.basis).transpose(0, 1)  # (T, N, r)·(T, r, D) → (N, T, D)
 
 
-class ConditionalMean(nn.Module):
-    """The mean picture that a condition tells, as tokens beside those of the noisy one: (N, D) → (N, T, D).
+# The rows of the table of a conditional mean's scales, for timesteps 0 to 1,000.
+SCALE_ROWS = 33
 
-    mean = Σ_m gate_m(c) · (offset_m + Σ_r code_r(c) · basis_mr), with gates and codes that are linear in c. A
-    gate and its map are, for instance, a drawing style and what the codes look like in it. A denoiser that is
-    given the mean of its condition (as in Grad-TTS, Popov et al., arXiv:2105.06337) need not learn by
-    gradient descent what each class looks like, which is most of what it predicts at high noise. The mean is
-    part of the condition state, so a step does not pay for it.
+
+def scale_shares(timestep: Tensor) -> Tensor:
+    """Return the shares (N, rows) that the rows of a table of scales have at timesteps (N,)."""
+    place = timestep.clamp(0, 1000) * ((SCALE_ROWS - 1) / 1000)
+    return F.relu(1 - (place[:, None] - torch.arange(SCALE_ROWS, device=timestep.device)).abs())
+
+
+def along(column: Tensor, images: Tensor) -> Tensor:
+    """Return a number per row (N,) shaped to multiply images (N, C, H, W)."""
+    return column.reshape(-1, *[1] * (images.dim() - 1))
+
+
+class ConditionalMean(nn.Module):
+    """The mean picture that a condition tells, as tokens beside those of the noisy one: (N, M) → (N, T, D).
+
+    mean = Σ_m gate_m · (offset_m + Σ_r code_r · basis_mr), where gates and codes are a condition's own M
+    numbers. A gate and its map are, for instance, a drawing style and what the codes look like in it. A
+    denoiser that is given the mean of its condition (as in Grad-TTS, Popov et al., arXiv:2105.06337) need not
+    learn by gradient descent what each class looks like, which is most of what it predicts at high noise. The
+    mean is part of the condition state, so a step does not pay for it.
+
+    The blocks then learn what is left: the output is a(t) · mean + b(t) · x + c(t) · theirs, where the three
+    are a table over timesteps, linear between its rows (as c_skip and c_out of Karras et al.,
+    arXiv:2206.00364, §5, which are about a mean of zero). The table and the basis are measured
+    (`model.train.condition_start`), not learned by gradient descent.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.picture = (config.in_channels, *config.image_size)
-        self.gates = nn.Linear(config.hidden_size, config.mean_maps) if config.mean_maps > 1 else None
-        self.codes = nn.Linear(config.hidden_size, config.mean_rank)
+        self.picture, self.maps = (config.in_channels, *config.image_size), config.mean_maps
         # The offset of each map, and then its `mean_rank` pictures.
-        self.basis = nn.Parameter(
-            torch.zeros(config.mean_maps, 1 + config.mean_rank, math.prod(self.picture))
-        )
+        basis = torch.zeros(config.mean_maps, 1 + config.mean_rank, math.prod(self.picture))
+        self.basis = nn.Parameter(basis, requires_grad=False)
+        # The blocks' output alone, until a run has measured what suits it.
+        scales = torch.tensor([0.0, 0.0, 1.0]).repeat(SCALE_ROWS, 1)
+        self.scales = nn.Parameter(scales, requires_grad=False)
         self.embedder = PatchEmbed(config.patch, config.in_channels, config.hidden_size)
 
-    def forward(self, c: Tensor) -> Tensor:
-        return cast(Tensor, self.embedder(self.mean(c)))
+    def forward(self, told: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens (N, T, D) of the mean, a · mean (N, C, H, W), and b and c (N, 2)."""
+        mean, scales = self.mean(told), scale_shares(timestep) @ self.scales  # (N, 3)
+        return self.embedder(mean), along(scales[:, 0], mean) * mean, scales[:, 1:]
 
-    def mean(self, c: Tensor) -> Tensor:
-        """Return the mean pictures (N, C, H, W) of condition embeddings (N, D)."""
-        codes = F.pad(self.codes(c), (1, 0), value=1.0)  # (N, 1 + r)
-        if self.gates is not None:
-            codes = (self.gates(c)[:, :, None] * codes[:, None]).flatten(1)  # (N, M·(1 + r))
-        flat = torch.matmul(codes, self.basis.flatten(0, 1))  # (N, C·H·W)
+    def mean(self, told: Tensor) -> Tensor:
+        """Return the mean pictures (N, C, H, W) of what conditions tell of them (N, M)."""
+        gates, codes = told[:, : self.maps], F.pad(told[:, self.maps :], (1, 0), value=1.0)
+        flat = torch.matmul((gates[:, :, None] * codes[:, None]).flatten(1), self.basis.flatten(0, 1))
         return flat.reshape(-1, *self.picture)
 
 

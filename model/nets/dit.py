@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditserve.model.nets.blocks import Block, ConvHead, FinalLayer, Rotary, Text
-from ditserve.model.nets.conditioner import ConditionalMean, ConditionEmbedder, LayoutPath
+from ditserve.model.nets.conditioner import ConditionalMean, ConditionEmbedder, LayoutPath, along
 from ditserve.model.nets.hierarchy import TokenLevels, TokenSplit
 from ditserve.model.nets.layers import (
     Grid,
@@ -65,6 +65,7 @@ class DiT(nn.Module):
             text_size=config.text_size,
             text_tokens=config.text_tokens,
             fusion=config.fusion,
+            more=config.mean_size,
         )
         # A token that every text has, so that no text leaves attention something to attend to.
         self.first_token = nn.Parameter(torch.zeros(1, d)) if config.text_tokens else None
@@ -154,8 +155,10 @@ class DiT(nn.Module):
             ValueError: not one timestep per embedding.
         """
         check_rows(timestep, embedding)
-        d = self.config.hidden_size
-        embedding, tokens = embedding[:, :d], embedding[:, d:]
+        d, of_mean = self.config.hidden_size, self.config.mean_size
+        embedding, told, tokens = torch.split(
+            embedding, [d, of_mean, embedding.shape[1] - d - of_mean], dim=1
+        )
         t = self.t_embedder(timestep)  # (N, D)
         c = t + embedding  # (N, D)
         source = c if self.shared_modulation is None else self.shared_modulation(c)
@@ -170,19 +173,16 @@ class DiT(nn.Module):
         if self.config.adaptive_final:
             vectors = self.final_layer.adaLN_modulation(c)
             state.append(cast(Tensor, vectors).reshape(c.shape[0], 2, -1))  # (N, 2, D)
+        mean = None if self.conditional_mean is None else self.conditional_mean(told, timestep)
         if self.config.has_layout:
-            state.append(self._layout(c, embedding))  # (N, T, D)
+            parts = [] if self.layout is None else [self.layout(F.silu(c))]
+            parts += [] if mean is None else [mean[0]]
+            state.append(cast(Tensor, sum(parts[1:], parts[0])))  # (N, T, D)
+        if mean is not None:
+            state += mean[1:]  # (N, C, H, W), (N, 2)
         if self.config.text_tokens:
             state.append(tokens.unflatten(1, (self.config.text_tokens, d)))  # (N, S, D)
         return tuple(state)
-
-    def _layout(self, c: Tensor, embedding: Tensor) -> Tensor:
-        """Return what every token is given by the condition, (N, T, D)."""
-        layout = None if self.layout is None else self.layout(F.silu(c))
-        if self.conditional_mean is None:
-            return cast(Tensor, layout)
-        mean = self.conditional_mean(embedding)
-        return cast(Tensor, mean if layout is None else layout + mean)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
         """Return the network's output (N, C_out, H, W) for `x` (N, C, H, W) and its condition state.
@@ -223,7 +223,11 @@ class DiT(nn.Module):
         h = h[:, -math.prod(grid) :] if "in_context" in self.config.plan else h  # (N, T, D)
         out = unpatchify(self.final_layer(h, named.get("final")), grid, self.config.patch)
         # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
-        return out if self.head is None else cast(Tensor, self.head(x, out))
+        out = out if self.head is None else self.head(x, out)
+        if self.conditional_mean is None:
+            return cast(Tensor, out)
+        of_x, of_blocks = (along(column, x) for column in named["output_scales"].unbind(1))
+        return named["output_mean"] + of_x * x + of_blocks * out
 
     def _text(self, tokens: Tensor) -> Text:
         """Return the tokens that blocks attend to, and the mask of those that are not padding."""

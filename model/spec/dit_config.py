@@ -52,7 +52,8 @@ class DiTConfig:
         text_size        the width of text embeddings; 0: the model takes no text
         text_tokens      the tokens of a text that every block attends to; 0: its embedding alone
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
-        mean_rank        the rank of the mean picture that the condition tells, which tokens see; 0: none
+        mean_rank        the rank of the mean picture that the condition tells, which tokens see, and which
+                         the output is predicted about; 0: none
         mean_maps        the maps from rank to picture that the condition mixes, such as one for each style
         rms_norm         norms by the root mean square, without the mean, those of qk_norm too
         head_channels    the channels handed to a small convolution at the end; 0: none
@@ -198,6 +199,8 @@ class DiTConfig:
         check_counts(self, "mean_maps")
         if self.mean_maps > 1 and not self.mean_rank:
             raise ValueError("mean_maps is for mean_rank: set mean_rank, or leave it out")
+        if self.mean_rank and self.learn_sigma:
+            raise ValueError("mean_rank is for one prediction: turn learn_sigma off or set mean_rank to 0")
 
     def _check_options(self) -> None:
         if self.frequency_shift not in (0, 1):
@@ -373,8 +376,13 @@ class DiTConfig:
 
     @property
     def embedding_size(self) -> int:
-        """The numbers of a condition embedding: the condition's own, and then those of its text tokens."""
-        return self.hidden_size * (1 + self.text_tokens)
+        """The numbers of a condition embedding: its own, those of its mean picture and its text."""
+        return self.hidden_size * (1 + self.text_tokens) + self.mean_size
+
+    @property
+    def mean_size(self) -> int:
+        """The numbers that a condition tells of its mean picture: its share of each map, and its codes."""
+        return self.mean_rank and self.mean_maps + self.mean_rank
 
     @property
     def has_layout(self) -> bool:
@@ -397,6 +405,8 @@ class DiTConfig:
             tensors.append(("final", (2, self.hidden_size)))
         if self.has_layout:
             tensors.append(("layout", (self.tokens, self.hidden_size)))
+        if self.mean_rank:
+            tensors += [("output_mean", (self.in_channels, *self.image_size)), ("output_scales", (2,))]
         if self.text_tokens:
             tensors.append(("text", (self.text_tokens, self.hidden_size)))
         return tuple(tensors)

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -107,10 +107,14 @@ class BatchSource:
         seed = config.seed + rollbacks * ROLLBACK_SEED_STRIDE
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = self.training[batch_indices(len(self.training), config.batch, step, seed)]
-        text = None
-        if data.texts is not None:
-            text = torch.from_numpy(data.texts.draw(index, np.random.default_rng([seed, step])))
+        # Texts that are dropped need not be encoded: one number stands for each.
+        text = None if data.texts is None else torch.ones(len(index), 1)
         labels, text = self.dropout.apply(torch.from_numpy(data.labels[index]), text, self.network, generator)
+        if data.texts is not None and text is not None:
+            kept, text = text[:, 0].nonzero()[:, 0], torch.zeros(len(index), self.network.text_width)
+            if len(kept):
+                drawn = data.texts.draw(index[kept.numpy()], np.random.default_rng([seed, step]))
+                text[kept] = torch.from_numpy(drawn)
         law = None if config.timesteps == "uniform" else (config.logit_mean, config.logit_std)
         t = draw_levels(config.batch, self.schedule, generator, law=law, shift=config.noise_shift)
         noise = torch.randn((config.batch, data.channels, *data.size), generator=generator)
@@ -119,6 +123,12 @@ class BatchSource:
         ]
         x0 = torch.from_numpy(np.concatenate(pictures))
         return TrainingBatch(x0, labels[rows], t[rows], noise[rows], None if text is None else text[rows])
+
+    def make_at_all_levels(self, step: int) -> TrainingBatch:
+        """Make the same, at noise levels that are uniform over the trained range."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        batch = self.make(step)
+        return replace(batch, t=draw_levels(len(batch), self.schedule, generator))
 
 
 class Prefetch(Generic[T]):

@@ -3,28 +3,34 @@
 A class starts as what its pictures have in common: their mean, in principal components. A text starts as what
 a linear map of its sentence embedding tells of that. So classes that look alike start alike, which gradient
 descent finds slowly: each of a thousand classes has its turn once in a thousand rows. A network with a
-conditional mean starts with what its classes look like, too.
+conditional mean starts with what its classes look like, too, and learns what is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ditserve.model.data.dataset import Dataset
-from ditserve.model.nets.conditioner import ConditionalMean
+from ditserve.model.nets.conditioner import SCALE_ROWS, ConditionalMean, scale_shares
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
+from ditserve.model.train.batch import TrainingBatch
+from ditserve.model.train.loss import TrainingNoise
 
 Floats = npt.NDArray[np.float64]
 
 # The examples that are looked at, at most, and read at a time.
 EXAMPLES, CHUNK = 1 << 15, 256
+# The rows of batches that scales are fitted to, at least.
+SCALED_ROWS = 1 << 11
 # The weight of the overall mean in the mean of a class, in pictures.
 SHRINKAGE = 1.0
 # The ridge of the map of texts, whose sentence embeddings have length 1.
@@ -36,8 +42,8 @@ WHITENING = -0.25
 def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: int) -> None:
     """Set the label tables and the text map of `network` from the training examples.
 
-    The tables together have standard deviation `std`. Null classes and "no text" stay as they are, or are
-    zeros in a network with a conditional mean. Nothing changes without label factors, or where no example has
+    The tables together have standard deviation `std`. Null classes and "no text" stay as they are, and tell a
+    conditional mean the mean of all. Nothing changes without label factors, or where no example has
     all of its labels.
     """
     rng = np.random.default_rng(seed)
@@ -53,19 +59,21 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
     flat, labels = pictures.reshape(len(index), -1), dataset.labels[index]
     mean = network.conditional_mean if isinstance(network, DiT) else None
     with torch.no_grad():
-        if mean is None:
-            codes = encode_means(class_means(flat, labels, counts), network.config.hidden_size, std)
-        else:
-            codes = start_mean(mean, flat, labels, counts, std)
-        for table, rows in zip(network.y_embedder.tables, codes, strict=True):
+        codes = encode_means(class_means(flat, labels, counts), network.config.hidden_size, std)
+        told = sum(rows[labels[:, factor]] for factor, rows in enumerate(codes))
+        if mean is not None:
+            of_mean = start_mean(mean, flat, labels, counts, std)
+            # A text tells what a picture shows; how it is drawn, the label does.
+            told = np.concatenate([told, sum(rows[labels[:, k]] for k, rows in enumerate(of_mean.codes))], 1)
+        for factor, table in enumerate(network.y_embedder.tables):
             weight = cast(nn.Embedding, table).weight
-            weight[: len(rows)] = torch.from_numpy(rows).float()
+            rows = codes[factor]
+            weight[: len(rows), : rows.shape[1]] = torch.from_numpy(rows).float()
             if mean is not None:
-                weight[len(rows) :] = 0
+                weight[:, rows.shape[1] :] = torch.from_numpy(of_mean.tables[factor]).float()
         if dataset.texts is not None and network.y_embedder.text is not None:
             if mean is not None:
-                network.y_embedder.no_text.zero_()
-            told = sum(rows[labels[:, factor]] for factor, rows in enumerate(codes))
+                network.y_embedder.no_text[network.config.hidden_size :] = 0
             embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
             start_text(network.y_embedder.text, embeddings[:, : dataset.texts.size], np.asarray(told))
 
@@ -103,14 +111,25 @@ def encode_means(means: Sequence[Floats], size: int, std: float) -> list[Floats]
     return np.split(codes * (std / codes.std()), np.cumsum([len(mean) for mean in means])[:-1])
 
 
+@dataclass(frozen=True, slots=True)
+class MeanTables:
+    """What each class of each factor tells of the mean picture.
+
+    `codes` (classes, M) is what a text may tell too; `tables` (classes + 1, M) has gates and the null class.
+    """
+
+    codes: list[Floats]
+    tables: list[Floats]
+
+
 def start_mean(
     mean: ConditionalMean,
     pictures: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
     counts: Sequence[int],
     std: float,
-) -> list[Floats]:
-    """Set a conditional mean to that of pictures (N, L); return the codes (classes, D) of each factor.
+) -> MeanTables:
+    """Set a conditional mean to that of pictures (N, L); return what its conditions tell.
 
     The factor of most classes has codes, and another, of as many classes as there are maps or fewer, chooses
     among the maps: each is the linear one from the codes to the pictures of its class. A class of pictures
@@ -127,31 +146,22 @@ def start_mean(
     offsets = class_means(pictures, gate[:, None], [used])[0]
     looks = looks_in_maps(pictures - centre - offsets[gate], labels[:, coded], gate, (counts[coded], used))
     left, values, right = np.linalg.svd(looks.reshape(counts[coded], -1), full_matrices=False)
-    size = mean.codes.in_features
-    kept = min(rows - 1, len(values), size - (0 if gated is None else used))
+    kept = min(rows - 1, len(values))
     scale = np.maximum(values[:kept], 1e-9 * values[0]) ** (1 + 2 * WHITENING)
-    codes = left[:, :kept] * scale
-    factor = std / codes.std()
+    found = left[:, :kept] * scale
+    factor = std / found.std()
     mean.basis.zero_()
     basis = (right[:kept] * (values[:kept] / scale / factor)[:, None]).reshape(kept, used, length)
     mean.basis[:used, 0] = torch.from_numpy(centre + offsets).float()
     mean.basis[:used, 1 : 1 + kept] = torch.from_numpy(basis).float().transpose(0, 1)
-    tables = [np.zeros((count, size)) for count in counts]
-    first = 0 if gated is None else used
-    tables[coded][:, first : first + kept] = factor * codes
-    mean.codes.weight.zero_()
-    mean.codes.bias.zero_()
-    mean.codes.weight[:kept, first : first + kept] = torch.eye(kept)
-    if mean.gates is not None:
-        mean.gates.weight.zero_()
-        mean.gates.bias.zero_()
-        mean.gates.bias[:used] = 1 / used
-        if gated is not None:
-            # A class's own gate is 1, all others 0; they are told by their distances from being alike.
-            apart = std * used**0.5
-            tables[gated][:, :used] = apart * (np.eye(used) - 1 / used)
-            mean.gates.weight[:used, :used] = torch.eye(used) / apart
-    return tables
+    tables = [np.zeros((count + 1, maps + rows - 1)) for count in counts]
+    tables[coded][:-1, maps : maps + kept] = factor * found
+    codes = [table[:-1].copy() for table in tables]
+    if gated is None:
+        tables[coded][:, 0] = 1
+    else:
+        tables[gated][:, :used] = np.vstack([np.eye(used), np.full((1, used), 1 / used)])
+    return MeanTables(codes, tables)
 
 
 def looks_in_maps(
@@ -167,6 +177,42 @@ def looks_in_maps(
     looks /= np.maximum(shown, 1)
     of_class = class_means(pictures, classes[:, None], counts[:1])[0].repeat(counts[1], axis=0)
     return np.where(shown > 0, looks, of_class).reshape(*counts, -1)
+
+
+def start_scales(
+    network: DiT, mean: ConditionalMean, noise: TrainingNoise, batches: Iterable[TrainingBatch]
+) -> None:
+    """Set the scales of a conditional mean to what batches with levels of all kinds tell.
+
+    At each timestep those of the mean and of x are the best linear prediction of what the run trains towards,
+    and that of the blocks is the standard deviation of its error, so that the blocks train towards numbers of
+    size 1 at every level.
+    """
+    count = SCALE_ROWS
+    gram, told = torch.zeros(count, 2, count, 2).double(), torch.zeros(count, 2).double()
+    moments, first = [], network.config.hidden_size
+    with torch.no_grad():
+        for batch in batches:
+            row = noise.at(batch.t)
+            x = row.noisy(batch.x0, batch.noise)
+            embedding = network.embed(batch.labels, batch.text)
+            told_mean = mean.mean(embedding[:, first : first + network.config.mean_size])
+            pictures = [told_mean, x, row.target(batch.x0, batch.noise)]
+            columns = torch.stack(pictures, 1).flatten(2).double()  # (N, 3, C·H·W)
+            moments.append((scale_shares(row.told.double()), columns @ columns.mT / columns.shape[2]))
+    for share, products in moments:
+        gram += torch.einsum("ni,nj,npq->ipjq", share, share, products[:, :2, :2])
+        told += torch.einsum("ni,np->ip", share, products[:, :2, 2])
+    square = gram.reshape(2 * count, 2 * count)
+    ridge = 1e-6 * square.diagonal().mean() * torch.eye(2 * count).double()
+    best = torch.linalg.solve(square + ridge, told.flatten()).reshape(count, 2)
+    left, rows = torch.zeros(count).double(), torch.zeros(count).double()
+    for share, products in moments:
+        signed = F.pad(share @ best, (0, 1), value=-1.0)  # (N, 3)
+        left += share.T @ torch.einsum("np,nq,npq->n", signed, signed, products)
+        rows += share.sum(0)
+    spread = (left / rows.clamp(min=1e-9)).clamp(min=1e-8).sqrt()
+    mean.scales.data = torch.cat([best, spread[:, None]], 1).float()
 
 
 def start_text(text: nn.Linear, embeddings: npt.NDArray[np.float32], codes: Floats) -> None:

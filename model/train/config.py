@@ -299,6 +299,8 @@ class TrainConfig(RunConfig):
                 raise ValueError(
                     f"model.{field} is {self.model[field]}, but {value} by the data: leave it out"
                 )
+        if self.model.get("mean_rank") and self.condition_start is None and self.start is None:
+            raise ValueError("model.mean_rank is measured from the pictures: set condition_start=data")
         if len(set(sizes)) > 1:
             for field in ("layout_rank", "mean_rank"):
                 if self.model.get(field):

@@ -69,6 +69,11 @@ class RowNoise:
         """Return x_t (N, C, H, W) of pictures and noise of that shape, or that of clips."""
         return add_noise(along_rows(self.alpha, x0), along_rows(self.sigma, x0), x0, noise)
 
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """Return what the output is trained towards, shaped as `x0`."""
+        alpha, sigma = along_rows(self.alpha, x0), along_rows(self.sigma, x0)
+        return self.sign * training_target(self.prediction, alpha, sigma, x0, noise)
+
     def image(self, x_t: Tensor, output: Tensor) -> Tensor:
         """Return the x_0 (N, C, H, W) that an output for `x_t` stands for."""
         return along_rows(self.x0_x, x_t) * x_t + along_rows(self.x0_out, x_t) * output
@@ -199,9 +204,7 @@ def squared_error(row: RowNoise, output: Tensor, x0: Tensor, noise: Tensor) -> T
 
     `output` is (N, C or 2·C, H, W); its first C channels are the prediction.
     """
-    alpha, sigma = along_rows(row.alpha, x0), along_rows(row.sigma, x0)
-    target = row.sign * training_target(row.prediction, alpha, sigma, x0, noise)
-    error = (output[:, : x0.shape[1]] - target).square().flatten(1).mean(1)  # (N,)
+    error = (output[:, : x0.shape[1]] - row.target(x0, noise)).square().flatten(1).mean(1)  # (N,)
     return error * row.weight
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ditserve.model.distributed.parallel import ParallelNetwork
 from ditserve.model.distributed.processes import World
 from ditserve.model.nets.conditioner import embedding_penalty
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.experts import balance_loss, observed_routers
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.spec.dit_config import DiTConfig
@@ -25,7 +26,7 @@ from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
 from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
-from ditserve.model.train.condition_start import start_conditions
+from ditserve.model.train.condition_start import SCALED_ROWS, start_conditions, start_scales
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.objective import (
@@ -111,6 +112,11 @@ class Trainer:
             self.warm_start = warm_start(model, self.dataset.factors, config.start)
         if config.condition_start == "data" and not checkpoints(self.checkpoints):
             start_conditions(model, self.dataset, std=config.label_std, seed=config.seed)
+            if isinstance(model, DiT) and model.conditional_mean is not None:
+                # All rows of each batch: processes must agree.
+                source = BatchSource(config, self.dataset, self.network_config)
+                batches = map(source.make_at_all_levels, range(-(-SCALED_ROWS // config.batch)))
+                start_scales(model, model.conditional_mean, replace(self.noise, device="cpu"), batches)
         self.objective = make_objective(config, self.dataset, model)
         if self.objective is not None:
             self.identity |= self.objective.identity

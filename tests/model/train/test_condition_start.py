@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ditserve.model.nets.conditioner import scale_shares
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.dit_config import DiTConfig
@@ -20,6 +21,7 @@ from ditserve.model.train.condition_start import (
     start_mean,
     start_text,
 )
+from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import tiny_config
 
 RNG = np.random.default_rng(0)
@@ -77,17 +79,17 @@ def started(maps: int) -> DiT:
     assert network.conditional_mean is not None
     with torch.no_grad():
         pictures = SHOWN.astype(np.float32)
-        codes = start_mean(network.conditional_mean, pictures, LABELS[THERE], COUNTS, 0.3)
-        for table, rows in zip(network.y_embedder.tables, codes, strict=True):
-            table.get_parameter("weight")[:-1] = torch.from_numpy(rows)
-            table.get_parameter("weight")[-1] = 0
+        started = start_mean(network.conditional_mean, pictures, LABELS[THERE], COUNTS, 0.3)
+        for table, rows in zip(network.y_embedder.tables, started.tables, strict=True):
+            table.get_parameter("weight")[:, config.hidden_size :] = torch.from_numpy(rows)
     return network
 
 
 def told(network: DiT, *labels: tuple[int, int]) -> Floats:
     assert network.conditional_mean is not None
     with torch.no_grad():
-        return network.conditional_mean.mean(network.embed(torch.tensor(labels))).flatten(1).double().numpy()
+        embedding = network.embed(torch.tensor(labels))[:, network.config.hidden_size :]
+        return network.conditional_mean.mean(embedding).flatten(1).double().numpy()
 
 
 def test_a_conditional_mean_starts_as_what_each_class_looks_like_in_each_map() -> None:
@@ -110,9 +112,43 @@ def test_a_conditional_mean_of_one_map_is_what_a_class_has_in_common() -> None:
     assert left.var() < 0.01 * expected.var()
 
 
-@pytest.mark.parametrize("shape", [{}, {"mean_rank": 4, "mean_maps": 2}])
+@pytest.mark.parametrize("prediction", ["x0", "flow", "v"])
+def test_the_output_starts_about_the_best_linear_one(tmp_path: Path, prediction: str) -> None:
+    schedule = "cosine" if prediction == "v" else "flow"
+    config = tiny_config(
+        tmp_path, batch=256, diffusion={"schedule": schedule, "prediction": prediction}, loss_cap=None
+    )
+    model = {**config.model, "mean_rank": 1, "learn_sigma": False}
+    config = config.model_copy(
+        update={"model": model, "condition_start": "data", "label_dropout": (0.0,), "joint_dropout": 0.0}
+    )
+    trainer = Trainer(config)
+    network = trainer.state.model
+    assert isinstance(network, DiT)
+    mean = network.conditional_mean
+    assert mean is not None
+    batch = trainer.source.make_at_all_levels(10**6)
+    row = trainer.noise.at(batch.t)
+    x, target = row.noisy(batch.x0, batch.noise), row.target(batch.x0, batch.noise)
+    with torch.no_grad():
+        output = network(x, row.told, batch.labels)
+        scales = scale_shares(row.told) @ mean.scales
+        told = mean.mean(network.embed(batch.labels)[:, 16:])
+    error = (output - target).flatten(1)
+    # The error is as large as the blocks' scale says, and no row's own best scales would do much better.
+    assert (error.square().mean(1).sqrt() / scales[:, 2]).mean().item() == pytest.approx(1, abs=0.1)
+    best = [
+        np.linalg.lstsq(np.stack([m, n], 1), y, rcond=None)[1][0] / len(y)
+        for m, n, y in zip(
+            told.flatten(1).numpy(), x.flatten(1).numpy(), target.flatten(1).numpy(), strict=True
+        )
+    ]
+    assert error.square().mean().item() < 1.15 * np.mean(best)
+
+
+@pytest.mark.parametrize("shape", [{}, {"mean_rank": 4, "mean_maps": 2, "learn_sigma": False}])
 def test_pictures_that_are_not_labelled_whole_tell_nothing(tmp_path: Path, shape: dict[str, int]) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_config(tmp_path, condition_start="data")
     config = config.model_copy(update={"model": {**config.model, **shape}})
     dataset = config.open_dataset()
     labels = dataset.labels.copy()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.network_config import network_config
 from ditserve.model.train.config import TrainConfig
-from ditserve.model.train.optimizer import learning_rate, make_optimizer
+from ditserve.model.train.optimizer import Muon, learning_rate, make_optimizer, orthogonalised
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import tiny_config
 
@@ -61,6 +64,25 @@ def test_muon_has_the_matrices_of_blocks_and_every_update_has_the_size_of_adamws
         assert moved < 3 * 0.011, name
         # Before the last layer, nothing learns in the first step: it starts at zero.
         assert moved > 0 or "y_embedder" in name, name
+
+
+def test_muon_takes_the_steps_of_torchs_with_products_in_fp32() -> None:
+    torch.manual_seed(0)
+    start, ended = [torch.randn(shape) for shape in ((6, 10), (12, 5))], []
+    for kind in (Muon, partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")):
+        matrices = [nn.Parameter(matrix.clone()) for matrix in start]
+        opt = kind(matrices, lr=0.1, weight_decay=0.01)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=generator)
+            opt.step()
+        ended.append([matrix.detach() for matrix in matrices])
+    for ours, theirs in zip(*ended, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.01)  # theirs are bf16
+    values = torch.linalg.svdvals(orthogonalised(start[0], 5))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
 
 
 def test_muon_is_for_whole_matrices(tmp_path: Path) -> None:

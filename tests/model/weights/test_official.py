@@ -209,7 +209,12 @@ def test_other_diffusers_models_are_refused(
     "changes",
     [
         *({"qk_norm": True}, {"blocks": ("adaln",)}, {"classes": (5, 3)}, {"base_size": (4, 4)}),
-        *({"shared_modulation": True}, {"condition_gate": True}, {"experts": 2}, {"mean_rank": 2}),
+        *(
+            {"shared_modulation": True},
+            {"condition_gate": True},
+            {"experts": 2},
+            {"mean_rank": 2, "learn_sigma": False},
+        ),
     ],
 )
 def test_only_plain_models_are_exported(network: Make, changes: dict[str, Any]) -> None:
