@@ -1,7 +1,7 @@
 """Check whether anything has become slower: compare the cheap ratios with those on record.
 
     make bench-check
-    python -m bench.check [--bundle model/zoo/emoji] [--record]
+    python -m bench.check [--bundle model/zoo/emoji64] [--record]
 
 Each ratio compares two things that are measured side by side, since absolute times differ from machine to
 machine and from hour to hour. This is no gate: it names what is worse by more than its tolerance, and the

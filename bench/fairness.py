@@ -1,6 +1,6 @@
 """Measure how long one caller's short requests take beside another caller's load, on a real service.
 
-    python -m bench.fairness [--bundle model/zoo/emoji] [--steps 5] [--requests 20]
+    python -m bench.fairness [--bundle model/zoo/emoji64] [--steps 5] [--requests 20]
         [--report bench/results/fairness-real.md]
 
 One worker, two callers. The first asks for images of a few steps, one after another: alone, and then beside

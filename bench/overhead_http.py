@@ -1,6 +1,6 @@
 """Measure what the service costs beside the network, with a network that computes nothing.
 
-    python -m bench.overhead_http [--bundle model/zoo/emoji] [--rounds 5] [--requests 1000] [--steps 1]
+    python -m bench.overhead_http [--bundle model/zoo/emoji64] [--rounds 5] [--requests 1000] [--steps 1]
         [--connections 16]
 
 A real API process, a Valkey that keeps nothing on disk, as in the all-in-one service, and a worker with

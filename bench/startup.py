@@ -1,6 +1,6 @@
 """Measure the time from nothing to the first image, and the memory that the processes then hold.
 
-    python -m bench.startup [--bundle model/zoo/emoji] [--rounds 5] [--images 100] [--steps 20]
+    python -m bench.startup [--bundle model/zoo/emoji64] [--rounds 5] [--images 100] [--steps 20]
 
 It starts `python -m service` as a user would, with a private queue, and asks until it answers: first until it
 is ready, then until the first PNG is there. In the last round the memory is measured when idle and after

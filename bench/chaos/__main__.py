@@ -1,6 +1,6 @@
 """Break the service while it works, and check that every accepted job ends once, with the right image.
 
-    python -m bench.chaos [--seconds 60] [--seed 1] [--clients 6] [--workers 2] [--bundle model/zoo/emoji]
+    python -m bench.chaos [--seconds 60] [--seed 1] [--clients 6] [--workers 2] [--bundle model/zoo/emoji64]
         [--scenarios crashes,eviction] [--other-api FOLDER] [--out bench/results/chaos.json]
         [--report bench/results/chaos.md]
 

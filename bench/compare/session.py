@@ -54,7 +54,7 @@ from ditserve.model.sampling.prompt import read_prompts
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.network_config import own_config
 
-LADDER = "emoji"  # the ladder that `bench.peers.model` gives its bundle
+LADDER = "emoji64"  # the ladder that `bench.peers.model` gives its bundle
 # A run of offered requests lasts for so many of the longest promises, so that its start says little.
 LEAST_PROMISES = 6
 WARM_UP = 10  # requests of every run that do not count

@@ -1,6 +1,6 @@
 """Measure the error of every solver over the number of steps, where the exact answer is known.
 
-    python -m bench.convergence [--bundle model/zoo/emoji [--data data/emoji64.npz] [--samples 16]]
+    python -m bench.convergence [--bundle model/zoo/emoji64 [--data data/emoji64.npz] [--samples 16]]
 
 The data are Gaussian, so the best network has a closed form and the error of a run is exact
 (`bench.convergence.gaussian`). It is measured on a flow and on a variance-preserving process: inside the

@@ -1,6 +1,6 @@
 """Measure all that a GPU is asked for, in minutes: peak, correctness, steps, the service, and training.
 
-    python -m bench.gpu --all --minutes 9 --out FOLDER [--bundle model/zoo/emoji]
+    python -m bench.gpu --all --minutes 9 --out FOLDER [--bundle model/zoo/emoji64]
     python -m bench.gpu steps service --out FOLDER
     python -m bench.gpu --all --toy --out FOLDER        tries every part on the CPU, at the size of a toy
 
@@ -27,6 +27,7 @@ from ditserve.bench.gpu.markdown import report
 from ditserve.bench.gpu.part_process import MeasuredSetting, run_part
 from ditserve.bench.gpu.result_files import PartResult, read_part, write_text
 from ditserve.commands import command_line
+from ditserve.model.spec.zoo import EMOJI64, TINY
 
 try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -45,8 +46,6 @@ PARTS = {
     "training": 6,
     "graphs": 10,
 }
-BUNDLE = Path(__file__).parent.parent.parent / "model" / "zoo" / "emoji"
-TOY_BUNDLE = BUNDLE.with_name("tiny")
 LEAST_S = 5.0  # less is not worth the start of a process
 INTERRUPTED = 130
 _DEVICE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -104,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _setting(options: argparse.Namespace) -> MeasuredSetting:
     """Return what is measured on what. Raise `ValueError` if that is not there."""
-    bundle = options.bundle or (TOY_BUNDLE if options.toy else BUNDLE)
+    bundle = options.bundle or (TINY if options.toy else EMOJI64)
     manifest = bundle / "manifest.json"
     if not manifest.is_file():
         raise ValueError(f"{bundle} is no bundle: it has no manifest.json")

@@ -1,7 +1,7 @@
 """Offer requests to an HTTP server on a fixed schedule, and report what became of them.
 
     python -m bench.load http://127.0.0.1:8000 --rate 3 [--requests 480] [--seed 1] [--slo 3] [--pid PID]
-        [--process poisson|bursts|flash|at-once] [--bundle model/zoo/emoji]
+        [--process poisson|bursts|flash|at-once] [--bundle model/zoo/emoji64]
         [--prompts FILE]
         [--adapter service|service-undegraded|service-undated|peer|bentoml|ray]
 

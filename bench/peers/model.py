@@ -1,6 +1,6 @@
 """The model that all compared systems serve: an official DiT, as big as the shipped one, in both formats.
 
-    python -m bench.peers.model FOLDER [--like model/zoo/emoji]
+    python -m bench.peers.model FOLDER [--like model/zoo/emoji64]
 
 The shipped model has two factors of labels, normalised queries and keys, and a bias per token and head, none
 of which diffusers' `DiTTransformer2DModel` can hold. So width, depth, heads, patches and classes are the

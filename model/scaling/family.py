@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Family(BaseModel):
     """The networks to train, the compute of each run, and the amounts of data.
 
-    {"train": "examples/emoji64.json",   the training configuration, without the network
+    {"train": "model/zoo/emoji64/train.json",   the training configuration, without the network
      "set": ["data.size=32"],                 fields of it that differ here
      "flops": 2e12,                           of training, for each run
      "models": {"DiT-96": {"patch_size": 8, "hidden_size": 96, "depth": 4, "num_heads": 3},

@@ -186,7 +186,7 @@ def describe_run(
     latents = _latent_spec(dataset) if isinstance(dataset, Latents) else None
     maker = {AUTOENCODER: dataset.moments.index.autoencoder} if isinstance(dataset, Latents) else {}
     values = "latents" if latents else "pixels"
-    training = config.model_dump(mode="json", exclude={"output", "init"})
+    training = config.model_dump(mode="json", exclude={"output", "init", "vae"})
     training["data"]["path"] = config.data.path.name
     if config.distillation:
         training["distillation"]["teacher"] = config.distillation.teacher.name

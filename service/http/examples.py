@@ -64,15 +64,15 @@ _OPERATING_POINT: Final = {
 _MODEL: Final = {
     "name": "emoji",
     "version": "1.0",
-    "description": "Emoji in six drawing styles, 64×64 pixels",
-    "size": "64x64",
+    "description": "Emoji in six drawing styles, 128×128 pixels",
+    "size": "128x128",
     "size_step": None,
     "kind": "picture",
     "formats": ["png", "webp", "jpeg"],
     "frames": None,
     "frames_step": None,
     "fps": None,
-    "text": False,
+    "text": True,
     "pictures": True,
     "guidance": "classifier-free",
     "networks": ["onnx fp32"],
@@ -126,7 +126,7 @@ _OPENAI_IMAGES: Final = {
     "background": "opaque",
     "output_format": "png",
     "quality": "auto",
-    "size": "64x64",
+    "size": "128x128",
     "usage": _USAGE,
 }
 _PARTIAL_IMAGE: Final = (
@@ -142,7 +142,7 @@ data: {{"type":"image_generation.completed","b64_json":"{_PNG}","created_at":179
 """
 _OPENAI_ERROR: Final = {
     "error": {
-        "message": "size: This model makes 64x64 images only, or larger ones with windows.",
+        "message": "size: This model makes 128x128 images only.",
         "type": "invalid_request_error",
         "param": "size",
         "code": "invalid-request",

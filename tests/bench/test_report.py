@@ -15,13 +15,13 @@ def test_figures_are_kept_with_what_they_were_found_on(
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     assert report.read("speed") is None
-    options = Namespace(seed=3, bundle=Path("model/zoo/emoji"), others=[Path("a"), Path("b")])
+    options = Namespace(seed=3, bundle=Path("model/zoo/emoji64"), others=[Path("a"), Path("b")])
     report.save("speed", options, report.BackgroundLoad(), {"ms": 1.5})
     assert (tmp_path / "results" / "speed.json").is_file()
     kept = report.read("speed")
     assert kept is not None
     assert kept["ms"] == 1.5
-    assert kept["options"] == {"seed": 3, "bundle": "model/zoo/emoji", "others": ["a", "b"]}
+    assert kept["options"] == {"seed": 3, "bundle": "model/zoo/emoji64", "others": ["a", "b"]}
     assert kept["machine"]["cores"] >= 1
     assert "numpy" in kept["machine"]["packages"]
 

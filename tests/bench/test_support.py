@@ -25,10 +25,10 @@ def test_a_pipeline_that_is_told_to_run_is_tested() -> None:
 
 def test_what_no_result_names_was_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    result = {"options": {"networks": ["model/zoo/emoji"]}, "machine": {}, "gpu": {"name": "X1"}}
+    result = {"options": {"networks": ["model/zoo/emoji64"]}, "machine": {}, "gpu": {"name": "X1"}}
     (tmp_path / "gpu.json").write_text(json.dumps(result))
     (tmp_path / "other.json").write_text("[]")
     lines = support.support_table().splitlines()
     assert lines[1] == "| model | X1 |"
-    assert "| `emoji`, ships | runs and measured: [gpu](../bench/results/gpu.json) |" in lines
+    assert "| `emoji64`, ships | runs and measured: [gpu](../bench/results/gpu.json) |" in lines
     assert "| `tiny`, ships | not tried |" in lines

@@ -143,7 +143,7 @@ def test_stretches_that_cannot_be_are_refused_by_their_field(
 def test_a_network_of_other_latents_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(TINY, folder)
-    assert main([str(folder), "big", str(ROOT / "model" / "zoo" / "emoji")]) == 2
+    assert main([str(folder), "big", str(ROOT / "model" / "zoo" / "emoji64")]) == 2
     assert "is of another" in capsys.readouterr().err
     assert Bundle.open(folder).manifest.backbones == {}
     assert main([str(folder), "itself", str(folder)]) == 2

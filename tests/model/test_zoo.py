@@ -13,7 +13,9 @@ from ditserve.model.train.config import load_config
 ZOO = Path(__file__).parent.parent.parent / "model" / "zoo"
 
 
-@pytest.mark.parametrize(("name", "limit"), [("emoji", 60_000_000), ("tiny", 1_000_000)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("emoji", 60_000_000), ("emoji64", 60_000_000), ("tiny", 1_000_000)]
+)
 def test_a_shipped_bundle_is_small_and_of_its_recipe(name: str, limit: int) -> None:
     manifest, config = Bundle.open(ZOO / name).manifest, load_config(ZOO / name / "train.json")
     assert sum(file.stat().st_size for file in (ZOO / name).iterdir()) < limit

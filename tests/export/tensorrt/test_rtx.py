@@ -151,7 +151,7 @@ def test_fp16_compiles_with_fused_attention(rtx: TensorRt, full_bundle: Path) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_shipped_model_compiles(rtx: TensorRt, precision: str) -> None:
-    shipped = Bundle.open(ROOT / "model/zoo/emoji")
+    shipped = Bundle.open(ROOT / "model/zoo/emoji64")
     config = shipped.manifest.config
     assert isinstance(config, DiTConfig)
     fusion = fused(rtx, shipped.path, precision)

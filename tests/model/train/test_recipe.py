@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_its_own_recipe(tmp_path: Path, capsys: pytest.Captur
     assert (saved["steps"], saved["lr"]) == (3, 0.25)
 
 
-@pytest.mark.parametrize("name", ["emoji", "tiny"])
+@pytest.mark.parametrize("name", ["emoji64", "tiny"])
 def test_recipes_of_the_zoo_train_on_other_pictures(
     name: str, tmp_path: Path, speed: dict[int, float]
 ) -> None:

@@ -111,7 +111,7 @@ def test_every_start_beside_a_noisy_neighbour_chooses_the_same() -> None:
     with neighbours(4):
         starts = [
             subprocess.run(
-                [sys.executable, "-c", CHOOSE, "model/zoo/emoji", threads],
+                [sys.executable, "-c", CHOOSE, "model/zoo/emoji64", threads],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
