@@ -46,9 +46,7 @@ def take(page: Page, top: str) -> bytes:
     """Return the page from the element `top` on as WebP, once all images are made and in the gallery."""
     page.wait_for_selector("#go:enabled")
     for label, seed, count in IMAGES:
-        page.fill("#factor-label", label)
-        page.keyboard.press("Escape")
-        page.select_option("#factor-style", STYLE)
+        page.fill("#text", f"{label} in {STYLE} style")
         page.fill("#seed", str(seed))
         page.fill("#count", str(count))
         page.click("#go")

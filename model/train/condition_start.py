@@ -113,7 +113,7 @@ def encode_means(means: Sequence[Floats], size: int, std: float) -> list[Floats]
 
 @dataclass(frozen=True, slots=True)
 class MeanTables:
-    """What each class of each factor tells of the mean picture.
+    """The numbers that each class of each factor tells of the mean picture.
 
     `codes` (classes, M) is what a text may tell too; `tables` (classes + 1, M) has gates and the null class.
     """

@@ -233,8 +233,9 @@ def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:
     """Return one line: the models, the address, and a command to try."""
     manifest, several = manifests[0], len(manifests) > 1
     base = f"http://{_reachable(settings.host)}:{settings.port}"
-    condition = {factor.name: class_reference(factor, 0) for factor in manifest.factors[:1]}
-    asked = {"prompt": "a red fox"} if manifest.config.text_size else {"condition": condition}
+    condition = {factor.name: class_reference(factor, 0) for factor in manifest.factors}
+    words = ", ".join(map(str, condition.values())) or "a red fox"
+    asked = {"prompt": words} if manifest.config.text_size else {"condition": condition}
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     headers = "-H 'content-type: application/json' -H 'accept: image/png'"
     curl = f"curl -s {base}/generate {headers} -d {body} -o image.png"
