@@ -19,7 +19,7 @@ options = parser.parse_args()
 
 async def draw(client: AsyncClient, label: str) -> str:
     """Submit one job and return the state in which it ends."""
-    job_id = await client.submit({"label": label}, steps=20, seed=7, deadline_ms=60_000)
+    job_id = await client.submit({"label": label, "style": "noto"}, steps=20, seed=7, deadline_ms=60_000)
     if label == options.labels[-1]:
         await client.cancel(job_id)  # takes effect within one step
     async for event in client.events(job_id):

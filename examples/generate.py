@@ -17,7 +17,7 @@ options = parser.parse_args()
 
 with Client(options.url) as client:
     # The fields of POST /generate. The client waits as `Retry-After` says, and never draws twice.
-    generation = client.generate({"label": options.label}, n=2, steps=20, seed=7)
+    generation = client.generate({"label": options.label, "style": "noto"}, n=2, steps=20, seed=7)
 for image in generation.images:
     path = options.out / f"{options.label}-{image.seed}.png"
     path.write_bytes(image.data)

@@ -18,7 +18,7 @@ options = parser.parse_args()
 
 with Client(options.url) as client:
     # A preview every five steps: what the model believes the finished image to be.
-    job_id = client.submit({"label": options.label}, steps=20, seed=7, previews=5)
+    job_id = client.submit({"label": options.label, "style": "noto"}, steps=20, seed=7, previews=5)
     for event in client.events(job_id):
         print(event.kind, {name: value for name, value in event.data.items() if name != "b64"})
         if event.kind == "preview":
