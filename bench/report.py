@@ -23,7 +23,7 @@ from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.heap import memory_bytes
-from ditserve.model.spec.zoo import EMOJI64, TINY
+from ditserve.model.spec.zoo import BENCHMARKED, TINY
 from ditserve.service.backends import BackendUnavailable
 
 # An installed package is not written to.
@@ -40,7 +40,7 @@ def from_here(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-DEFAULT_BUNDLE, SMALL_BUNDLE = from_here(EMOJI64), from_here(TINY)
+DEFAULT_BUNDLE, SMALL_BUNDLE = from_here(BENCHMARKED), from_here(TINY)
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:

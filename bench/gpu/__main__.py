@@ -27,7 +27,7 @@ from ditserve.bench.gpu.markdown import report
 from ditserve.bench.gpu.part_process import MeasuredSetting, run_part
 from ditserve.bench.gpu.result_files import PartResult, read_part, write_text
 from ditserve.commands import command_line
-from ditserve.model.spec.zoo import EMOJI64, TINY
+from ditserve.model.spec.zoo import BENCHMARKED, TINY
 
 try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _setting(options: argparse.Namespace) -> MeasuredSetting:
     """Return what is measured on what. Raise `ValueError` if that is not there."""
-    bundle = options.bundle or (TINY if options.toy else EMOJI64)
+    bundle = options.bundle or (TINY if options.toy else BENCHMARKED)
     manifest = bundle / "manifest.json"
     if not manifest.is_file():
         raise ValueError(f"{bundle} is no bundle: it has no manifest.json")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditserve.model.nets.layers import PatchEmbed
+from ditserve.model.nets.layers import PatchEmbed, along_rows
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_kinds import NetworkConfig
 
@@ -155,11 +155,6 @@ def scale_shares(timestep: Tensor) -> Tensor:
     return F.relu(1 - (place[:, None] - torch.arange(SCALE_ROWS, device=timestep.device)).abs())
 
 
-def along(column: Tensor, images: Tensor) -> Tensor:
-    """Return a number per row (N,) shaped to multiply images (N, C, H, W)."""
-    return column.reshape(-1, *[1] * (images.dim() - 1))
-
-
 class ConditionalMean(nn.Module):
     """The mean picture that a condition tells, as tokens beside those of the noisy one: (N, M) → (N, T, D).
 
@@ -189,7 +184,7 @@ class ConditionalMean(nn.Module):
     def forward(self, told: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tokens (N, T, D) of the mean, a · mean (N, C, H, W), and b and c (N, 2)."""
         mean, scales = self.mean(told), scale_shares(timestep) @ self.scales  # (N, 3)
-        return self.embedder(mean), along(scales[:, 0], mean) * mean, scales[:, 1:]
+        return self.embedder(mean), along_rows(scales[:, 0], mean) * mean, scales[:, 1:]
 
     def mean(self, told: Tensor) -> Tensor:
         """Return the mean pictures (N, C, H, W) of what conditions tell of them (N, M)."""

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditserve.model.nets.blocks import Block, ConvHead, FinalLayer, Rotary, Text
-from ditserve.model.nets.conditioner import ConditionalMean, ConditionEmbedder, LayoutPath, along
+from ditserve.model.nets.conditioner import ConditionalMean, ConditionEmbedder, LayoutPath
 from ditserve.model.nets.hierarchy import TokenLevels, TokenSplit
 from ditserve.model.nets.layers import (
     Grid,
     PatchEmbed,
     Spacing,
     TimestepEmbedder,
+    along_rows,
     check_images,
     check_rows,
     check_state,
@@ -226,7 +227,7 @@ class DiT(nn.Module):
         out = out if self.head is None else self.head(x, out)
         if self.conditional_mean is None:
             return cast(Tensor, out)
-        of_x, of_blocks = (along(column, x) for column in named["output_scales"].unbind(1))
+        of_x, of_blocks = (along_rows(column, x) for column in named["output_scales"].unbind(1))
         return named["output_mean"] + of_x * x + of_blocks * out
 
     def _text(self, tokens: Tensor) -> Text:

@@ -305,6 +305,11 @@ class SwiGlu(nn.Module):
         return cast(Tensor, self.fc2(F.silu(gate) * value))
 
 
+def along_rows(column: Tensor, rows: Tensor) -> Tensor:
+    """Return a number for each row (N,), shaped to broadcast against rows of pictures or clips (N, C, …)."""
+    return column.reshape(-1, *[1] * (rows.ndim - 1))
+
+
 def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
     """Join patches to images: (N, T, C·P·P) → (N, C, rows·P, columns·P); a token is laid out (C, P, P)."""
     n, _, width = tokens.shape

@@ -107,12 +107,13 @@ class BatchSource:
         seed = config.seed + rollbacks * ROLLBACK_SEED_STRIDE
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = self.training[batch_indices(len(self.training), config.batch, step, seed)]
-        # Texts that are dropped need not be encoded: one number stands for each.
-        text = None if data.texts is None else torch.ones(len(index), 1)
-        labels, text = self.dropout.apply(torch.from_numpy(data.labels[index]), text, self.network, generator)
-        if data.texts is not None and text is not None:
-            kept, text = text[:, 0].nonzero()[:, 0], torch.zeros(len(index), self.network.text_width)
-            if len(kept):
+        # A number stands for each text, so that those that are dropped need not be encoded.
+        told = None if data.texts is None else torch.ones(len(index), 1)
+        labels, told = self.dropout.apply(torch.from_numpy(data.labels[index]), told, self.network, generator)
+        text = None
+        if data.texts is not None and told is not None:
+            text, kept = torch.zeros(len(index), self.network.text_width), told[:, 0].bool()
+            if kept.any():
                 drawn = data.texts.draw(index[kept.numpy()], np.random.default_rng([seed, step]))
                 text[kept] = torch.from_numpy(drawn)
         law = None if config.timesteps == "uniform" else (config.logit_mean, config.logit_std)

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ditserve.model.nets.layers import along_rows
 from ditserve.model.spec.diffusion import (
     Prediction,
     RectifiedFlow,
@@ -246,8 +247,3 @@ def pixel_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     inner = (torch.special.ndtr(above) - torch.special.ndtr(below)).clamp(min=1e-12).log()
     edges = torch.where(x > 0.999, torch.special.log_ndtr(-below), inner)
     return torch.where(x < -0.999, torch.special.log_ndtr(above), edges)
-
-
-def along_rows(column: Tensor, rows: Tensor) -> Tensor:
-    """Return a number for each row (N,), shaped to broadcast against rows of pictures or clips (N, C, …)."""
-    return column.view(-1, *[1] * (rows.ndim - 1))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.factory import Network
+from ditserve.model.nets.layers import along_rows
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import OutputDistillationConfig
 from ditserve.model.train.distillation.features import FeatureMatch
 from ditserve.model.train.distillation.progressive import ProgressiveDistillation
 from ditserve.model.train.distillation.teacher import Teacher, fingerprint, open_teacher
-from ditserve.model.train.loss import RowNoise, along_rows, squared_error
+from ditserve.model.train.loss import RowNoise, squared_error
 
 
 class DistillationObjective(Protocol):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditserve.model.nets.layers import along_rows
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.solvers import step_table
@@ -23,7 +24,6 @@ from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.teacher import Teacher, fingerprint
 from ditserve.model.train.loaded_model import LoadedModel
-from ditserve.model.train.loss import along_rows
 
 
 class DdimSteps:

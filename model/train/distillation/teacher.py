@@ -12,13 +12,14 @@ from torch import Tensor
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
+from ditserve.model.nets.layers import along_rows
 from ditserve.model.spec.guidance import guidance_weight, guided
 from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
-from ditserve.model.train.loss import TrainingNoise, along_rows
+from ditserve.model.train.loss import TrainingNoise
 from ditserve.model.train.optimizer import autocast
 
 

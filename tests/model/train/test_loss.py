@@ -10,6 +10,7 @@ import torch
 from scipy.integrate import quad  # type: ignore[import-untyped]
 from scipy.stats import norm  # type: ignore[import-untyped]
 
+from ditserve.model.nets.layers import along_rows
 from ditserve.model.spec.diffusion import (
     PREDICTIONS,
     Prediction,
@@ -21,7 +22,6 @@ from ditserve.model.spec.diffusion import (
 from ditserve.model.train.loss import (
     PosteriorTables,
     TrainingNoise,
-    along_rows,
     draw_levels,
     gaussian_kl,
     pixel_log_likelihood,

@@ -13,6 +13,7 @@ from PIL import Image
 from ditserve.model.data import __main__ as data
 from ditserve.model.sampling.sheet import STRIP
 from ditserve.model.train.__main__ import main
+from ditserve.model.train.load import load_model
 from ditserve.model.train.training_log import read_log
 from tests.model.train.training_cases import config_file, tiny_run, write_pictures
 
@@ -45,6 +46,8 @@ def test_sheets_are_decoded(run: dict[str, Any], tmp_path: Path) -> None:
     assert main(["--config", config_file(run, tmp_path)]) == 0
     with Image.open(tmp_path / "run" / "sheet-0000002.png") as sheet:
         assert sheet.height == 2 * (16 + STRIP)
+    # No folder of this machine is told to those who get the bundle.
+    assert str(tmp_path) not in load_model(tmp_path / "run").manifest.model_dump_json()
 
 
 def test_without_a_decoder_it_is_said_that_there_are_no_sheets(
