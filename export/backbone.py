@@ -33,6 +33,7 @@ from ditserve.model.spec.bundle import (
     Bundle,
     write_manifest,
 )
+from ditserve.model.spec.class_names import same_classes
 from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.manifest import BackboneSpec, Manifest, Name
 from ditserve.model.spec.output_folder import check_apart, revision
@@ -111,7 +112,7 @@ def _check_alike(own: Manifest, other: Manifest, source: Path) -> None:
         "diffusion": noise[0] == noise[1],
         "latents": own.latents == other.latents,
         "decoder": own.decoder == other.decoder,
-        "factors": own.factors == other.factors,
+        "factors": same_classes(own.factors, other.factors),
         "config.image_size": own.config.image_size == other.config.image_size,
         "config.text_width": own.config.text_width == other.config.text_width,
         "text encoder": _text_encoder(own) == _text_encoder(other),

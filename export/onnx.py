@@ -209,6 +209,8 @@ def _run(options: argparse.Namespace) -> None:
         inputs.append(options.source)
     with replacement(options.out, BUNDLE, apart=tuple(inputs)) as scratch:
         if pipeline is not None:
+            if "default_classes" in card:
+                raise ExportError(f"default_classes: {options.source} has no classes")
             settings = _trajectories(options, PIPELINE_TRAJECTORIES)
             summary = import_module(PIPELINES).export_pipeline(pipeline, scratch, card, settings)
         else:
@@ -247,11 +249,24 @@ def _trajectories(options: argparse.Namespace, default: TrajectorySettings) -> T
 
 
 def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:
-    """Open the source, with the fields of `card` in its manifest, and tell what its import has assumed."""
+    """Open the source, with the fields of `card` in its manifest, and tell what its import has assumed.
+
+    Raises:
+        ExportError: it cannot be opened, or the card has a class that it does not know.
+    """
     model = open_source(options.source, data=options.data)
     for note in model.manifest.provenance.get("import", {}).get("notes", ()):
         print(f"{options.source}: {note}", file=sys.stderr)
-    return LoadedModel(model.network, Manifest.model_validate({**model.manifest.model_dump(), **card}))
+    fields = {**model.manifest.model_dump(), **card}
+    defaults = dict(fields.pop("default_classes", {}))
+    for factor in fields["factors"]:
+        factor["default"] = defaults.pop(factor["name"], factor["default"])
+    if defaults:
+        raise ExportError(f"default_classes: the model has no factor {next(iter(defaults))!r}")
+    try:
+        return LoadedModel(model.network, Manifest.model_validate(fields))
+    except ValidationError as error:
+        raise ExportError(": ".join(filter(None, wrong_field(error)))) from None
 
 
 def _card_fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class ModelCard(BaseModel):
     licence: str | None = None
     attribution: tuple[str, ...] | None = None
     defaults: Defaults | None = None
+    default_classes: dict[str, str] | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are not None."""

@@ -61,6 +61,7 @@ from ditserve.model.evaluation.picture_sets import (
     collect_sets,
     open_data,
     picture_size,
+    texts_instead,
 )
 from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
 from ditserve.model.sampling.sheet import SLICES, Sheet, picture_grid, to_pixels
@@ -68,6 +69,7 @@ from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.grids import choose_grid
 from ditserve.model.spec.heap import memory_bytes
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.output_folder import BUNDLE, EVALUATION, RUN, claim
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -128,9 +130,16 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
         guidance_scale=defaults.guidance_scale if options.scale is None else options.scale,
         guidance_interval=tuple(options.interval or defaults.guidance_interval),
         seed=options.seed,
-        given=options.given,
+        given=options.given or usual_conditions(loaded.manifest, options.wordings),
         wordings=options.wordings,
     )
+
+
+def usual_conditions(manifest: Manifest, wordings: Wordings) -> Given:
+    """Return what a model is told that the command line leaves out: all, or what training told together."""
+    if not texts_instead(manifest):
+        return "all"
+    return "text" if wordings == "unseen" else "labels"
 
 
 def evaluate_all(options: argparse.Namespace) -> str:
@@ -333,8 +342,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--given",
         choices=get_args(Given),
-        default="all",
-        help="conditions of an example that the model is told",
+        help="conditions of an example that the model is told; all, but of one that learned texts in place "
+        "of labels the labels, or the text for wordings that it has not seen",
     )
     parser.add_argument(
         "--wordings",

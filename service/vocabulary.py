@@ -5,6 +5,7 @@ Works for any number of factors of any names, and knows no HTTP.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ditserve.model.spec.class_names import (
     ClassNames,
@@ -29,7 +30,7 @@ class Vocabulary:
     def term(self, condition: Mapping[str, ClassRef], weight: float = 1.0) -> ConditionTerm:
         """Return the class indices of a condition, in factor order.
 
-        A factor left out, or None, is the null class.
+        A factor left out is its default class, if it has one. None is the null class.
 
         Raises:
             UnknownCondition: there is no such factor or class, or several of one name; carries the closest
@@ -43,15 +44,24 @@ class Vocabulary:
                     suggestions=closest(key, names) or names,
                     extra={"factor": key[:100]},
                 )
+        return ConditionTerm(self._labels(condition, [None] * len(self._factors)), weight)
+
+    def _labels(
+        self, condition: Mapping[str, ClassRef], told: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
+        """Return the class of each factor: that of the condition, else the one told, else the default."""
         labels = []
-        for factor in self._factors:
-            ref = condition.get(factor.factor)
+        for factor, of_prompt in zip(self._factors, told, strict=True):
+            if factor.factor not in condition:
+                labels.append(factor.default if of_prompt is None else of_prompt)
+                continue
+            ref = condition[factor.factor]
             with _refusals_of(factor):
                 labels.append(None if ref is None else factor.index(ref))
-        return ConditionTerm(tuple(labels), weight)
+        return tuple(labels)
 
-    def match(self, prompt: str) -> ConditionTerm:
-        """Return the classes that a prompt names.
+    def match(self, prompt: str, condition: Mapping[str, ClassRef] | None = None) -> ConditionTerm:
+        """Return the classes that a prompt names, with those of a condition in their place.
 
         The first factor must be named, the others may be left out. Example: "two red apples, noto" names "red
         apple", not "apple", and "noto". A prompt that is a number is the number of a class of the first
@@ -62,26 +72,39 @@ class Vocabulary:
                 carries the closest names.
         """
         labels: list[int | None] = []
+        given = condition or {}
         for factor in self._factors:
+            if factor.factor in given:
+                labels.append(None)
+                continue
             with _refusals_of(factor):
                 if prompt.strip().isdigit():
                     labels.append(None if labels else factor.index(prompt))
                 else:
                     labels.append(factor.in_prompt(prompt))
-        if labels and labels[0] is None:
-            first = self._factors[0]
+        first = self._factors[0] if self._factors else None
+        if first is not None and labels[0] is None and first.factor not in given:
             raise UnknownCondition(
                 f"The prompt names no {first.factor} this model knows; "
                 f"name one of its {len(first.classes)} classes.",
                 suggestions=first.suggest(prompt),
                 extra={"factor": first.factor},
             )
-        return ConditionTerm(tuple(labels))
+        return self._with(given, labels)
 
-    def told(self, text: str) -> ConditionTerm:
-        """Return the classes that a text tells, and the text where it says more: see `classes_told`."""
-        labels, left = classes_told(text, self._factors)
-        return ConditionTerm(labels, text=left)
+    def told(self, text: str, condition: Mapping[str, ClassRef] | None = None) -> ConditionTerm:
+        """Return the classes that a text tells, and the text where it says more: see `classes_told`.
+
+        Those of a condition are in their place.
+        """
+        told, left = classes_told(text, self._factors)
+        term = self._with(condition or {}, told)
+        # A condition may leave out what the text has told.
+        return replace(term, text=left if term.labels and term.labels[0] is not None else text)
+
+    def _with(self, condition: Mapping[str, ClassRef], told: Sequence[int | None]) -> ConditionTerm:
+        """Return the classes of a condition, checked, and where it has none those told, else the defaults."""
+        return replace(self.term(condition), labels=self._labels(condition, told))
 
 
 @contextmanager

@@ -26,7 +26,12 @@ from ditserve.model.data.labels import check_labels
 from ditserve.model.data.latents import INDEX, LatentIndex, LatentShard, Moments
 from ditserve.model.data.sources import card_file, common_size, read_source
 from ditserve.model.data.transforms import centre_crop
-from ditserve.model.nets.autoencoder import autoencoder_kind, fingerprint, open_latent_autoencoder
+from ditserve.model.nets.autoencoder import (
+    autoencoder_kind,
+    encoder_fingerprint,
+    fingerprint,
+    open_latent_autoencoder,
+)
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.output_folder import LATENTS, claim
 
@@ -268,7 +273,7 @@ def write_index(job: Extraction) -> LatentIndex | None:
     variance = squares / (count * 2 * height * width) - mean**2
     source = read_source(job.source, check=None)
     index = LatentIndex(
-        autoencoder=fingerprint(job.autoencoder),
+        autoencoder=encoder_fingerprint(job.autoencoder),
         decoder=autoencoder_kind(job.autoencoder),
         picture_size=job.size,
         size=(height, width),

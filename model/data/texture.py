@@ -47,6 +47,28 @@ def edge_error(images: Tensor, reference: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
+def ssim(images: Tensor, reference: Tensor) -> float:
+    """Return the structural similarity, the mean over pictures and channels: 1 for equal ones.
+
+    It is that of Wang et al. (2004), with Gaussian windows of 11 pixels, or as many as there are, and a
+    deviation of 1.5.
+    """
+    side = min(11, *images.shape[-2:])
+    place = torch.arange(side, device=images.device) - (side - 1) / 2
+    row = torch.softmax(-place.square() / (2 * 1.5**2), dim=0)
+    window = (row[:, None] * row)[None, None]
+
+    def smooth(values: Tensor) -> Tensor:
+        return F.conv2d(values.flatten(0, 1)[:, None], window)  # (N·3, 1, H − side + 1, W − side + 1)
+
+    of_mean, of_spread = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    a, b = smooth(images), smooth(reference)
+    variances = smooth(images.square()) - a.square() + smooth(reference.square()) - b.square()
+    covariance = smooth(images * reference) - a * b
+    alike = (2 * a * b + of_mean) * (2 * covariance + of_spread)
+    return float((alike / ((a.square() + b.square() + of_mean) * (variances + of_spread))).mean())
+
+
 def psnr(images: Tensor, reference: Tensor) -> float:
     """Return the peak signal-to-noise ratio in dB, the mean over pictures; 100 at most."""
     errors = (images - reference).square().mean((1, 2, 3))

@@ -37,6 +37,7 @@ from ditserve.model.evaluation.ladder_plan import (
     reference_point,
     stitched_points,
 )
+from ditserve.model.evaluation.picture_sets import texts_instead
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, StitchedDenoiser, denoise
 from ditserve.model.sampling.prompt import random_conditions
@@ -107,8 +108,12 @@ def draw_inputs(model: LoadedModel, conditions: int, dataset: Dataset | None) ->
     chosen = dataset.part(random.permutation(dataset.training)[:conditions])
     every = np.arange(len(chosen.labels))
     real = torch.from_numpy(chosen.batch(every, random))
-    text = None if chosen.texts is None else torch.from_numpy(chosen.texts.draw(every)).repeat(DRAWS, 1)
-    return LadderInputs(torch.from_numpy(chosen.labels).repeat(DRAWS, 1), text, real)
+    labels = torch.from_numpy(chosen.labels).clone()
+    text = None if chosen.texts is None else torch.from_numpy(chosen.texts.draw(every))
+    if text is not None and texts_instead(model.manifest):
+        # Every second condition is a text.
+        text[::2], labels[1::2, 0] = 0, model.network.config.classes[0]
+    return LadderInputs(labels.repeat(DRAWS, 1), None if text is None else text.repeat(DRAWS, 1), real)
 
 
 class LadderMeasurement:

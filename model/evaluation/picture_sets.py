@@ -23,8 +23,10 @@ from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.spec.class_names import same_classes
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.sizes import Size, scaled
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
@@ -96,6 +98,11 @@ def picture_size(model: LoadedModel) -> Size:
     return scaled(model.network.config.image_size, model.manifest.upscale)
 
 
+def texts_instead(manifest: Manifest) -> bool:
+    """Return whether a model learned texts in place of the first factor's labels, and never both together."""
+    return manifest.provenance.get("training", {}).get("text_instead") is not None
+
+
 def open_data(model: LoadedModel, path: Path, *, pictures: bool = False) -> Dataset:
     """Open the data a model was trained on, not mirrored, and of the model's size.
 
@@ -116,7 +123,7 @@ def open_data(model: LoadedModel, path: Path, *, pictures: bool = False) -> Data
         raise DataError(
             f"the model does not tell which data it was trained on: {wrong_field(error)[1]}"
         ) from None
-    if tuple(dataset.factors) != tuple(manifest.factors):
+    if not same_classes(dataset.factors, manifest.factors):
         raise DataError(f"{path} has other classes than the model: pass the data that it was trained on")
     size = model.network.config.image_size
     if manifest.decoder != "identity" and not isinstance(dataset, Latents):

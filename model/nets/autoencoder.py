@@ -16,7 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ditserve.model.nets.small_autoencoder import DESCRIPTION, SmallAutoencoder, load_small_autoencoder
+from ditserve.model.nets.small_autoencoder import (
+    DESCRIPTION,
+    ENCODER_OF,
+    SmallAutoencoder,
+    load_small_autoencoder,
+)
 from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, digest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import SD_SCALE, DecoderKind, LatentSpec, Manifest
@@ -263,11 +268,26 @@ def open_decoder(
                 f"{folder} has {channels} latent channels, and the model {own}: pass its own"
             )
         maker = manifest.provenance.get(AUTOENCODER)
-        if maker is not None and fingerprint(folder) != maker:
+        if maker is not None and maker not in (fingerprint(folder), encoder_fingerprint(folder)):
             raise AutoencoderError(
                 f"{folder} is not what made the latents that the model learned: pass that one"
             )
     return decoder
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """Return the fingerprint of the autoencoder whose encoder a folder has.
+
+    It is the folder's own, or that of the one whose decoder was trained on (`decoder_of`).
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        told = json.loads((folder / DESCRIPTION).read_text()).get(ENCODER_OF)
+    except (OSError, ValueError, AttributeError):
+        told = None  # an imported one, or one that its opening refuses
+    return told if isinstance(told, str) else fingerprint(folder)
 
 
 def fingerprint(folder: Path) -> str:

@@ -7,7 +7,8 @@ classes, and a text embedding of zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -30,6 +31,10 @@ class ConditionEmbedder(nn.Module):
     Each label factor has a table whose last row is the null class. Text has a linear map, and a learned
     vector stands for no text. The parts are summed; `fusion` "mlp" adds a residual MLP over the sum.
 
+    With `text_labels`, a text stands in for the labels that are not given: a factor's part is then the mean
+    of its table's rows, the null class's too, weighted by the softmax of a linear map of the text, so that a
+    text says what the labels have learned. The map of the text tells what the classes do not.
+
     A text is its embedding, of `text_size` numbers, and then as many for each of its S = `text_tokens`
     tokens. Tokens that are not there are zeros. Their maps follow the embedding, and are zeros again.
     """
@@ -41,6 +46,7 @@ class ConditionEmbedder(nn.Module):
         *,
         text_size: int = 0,
         text_tokens: int = 0,
+        text_labels: bool = False,
         fusion: str = "sum",
         more: int = 0,
     ) -> None:
@@ -52,6 +58,8 @@ class ConditionEmbedder(nn.Module):
         if text_size:
             self.text = nn.Linear(text_size, width)
             self.no_text = nn.Parameter(torch.zeros(width))
+        readers = [nn.Linear(text_size, count + 1) for count in classes] if text_labels else []
+        self.readers = nn.ModuleList(readers)
         self.token = nn.Linear(text_size, hidden_size) if text_tokens else None
         self.fusion = (
             nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -85,6 +93,8 @@ class ConditionEmbedder(nn.Module):
         parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, W)
         if self.text is not None:
             parts.append(self._text(len(labels), text))
+            if text is not None:
+                parts[:-1] = [self._read(k, part, labels[:, k], text) for k, part in enumerate(parts[:-1])]
         elif text is not None:
             raise ValueError("this model takes no text: its text_size is 0")
         # An unconditional model has neither labels nor text.
@@ -124,6 +134,15 @@ class ConditionEmbedder(nn.Module):
             self._check_text(rows, text)
         given = (text != 0).any(dim=1, keepdim=True)  # (N, 1)
         return torch.where(given, self.text(text.to(self.text.weight.dtype)), self.no_text)  # (N, W)
+
+    def _read(self, factor: int, row: Tensor, label: Tensor, text: Tensor) -> Tensor:
+        """Return the part (N, W) of a factor: its row where a label or no text is given, else the text's."""
+        if not self.readers:
+            return row
+        reader, table = cast(nn.Linear, self.readers[factor]), cast(nn.Embedding, self.tables[factor])
+        shares = reader(text.to(reader.weight.dtype)).softmax(dim=1)  # (N, classes + 1)
+        stands_in = (text != 0).any(dim=1) & (label == table.num_embeddings - 1)  # (N,)
+        return torch.where(stands_in[:, None], shares @ table.weight, row)
 
 
 class LayoutPath(nn.Module):
@@ -180,6 +199,7 @@ class ConditionalMean(nn.Module):
         scales = torch.tensor([0.0, 0.0, 1.0]).repeat(SCALE_ROWS, 1)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.embedder = PatchEmbed(config.patch, config.in_channels, config.hidden_size)
+        self.hidden: Tensor | None = None
 
     def forward(self, told: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tokens (N, T, D) of the mean, a · mean (N, C, H, W), and b and c (N, 2)."""
@@ -188,9 +208,30 @@ class ConditionalMean(nn.Module):
 
     def mean(self, told: Tensor) -> Tensor:
         """Return the mean pictures (N, C, H, W) of what conditions tell of them (N, M)."""
+        if self.hidden is not None:
+            own = told[:, : self.maps]
+            others = (own.sum(1, keepdim=True) - own) / (self.maps - 1)
+            told = torch.cat([torch.where(self.hidden[:, None], others, own), told[:, self.maps :]], 1)
         gates, codes = told[:, : self.maps], F.pad(told[:, self.maps :], (1, 0), value=1.0)
         flat = torch.matmul((gates[:, :, None] * codes[:, None]).flatten(1), self.basis.flatten(0, 1))
         return flat.reshape(-1, *self.picture)
+
+
+@contextmanager
+def means_of_others(network: nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Give the `rows` (N,) bool of passes inside the mean of the maps that their condition does not choose.
+
+    So a row is told of its class only what its pictures in other styles tell, as of a pair that no picture
+    shows. None: no row.
+    """
+    means = [module for module in network.modules() if isinstance(module, ConditionalMean)]
+    for mean in means:
+        mean.hidden = rows
+    try:
+        yield
+    finally:
+        for mean in means:
+            mean.hidden = None
 
 
 def embedding_penalty(embedding: Tensor) -> Tensor:
@@ -246,7 +287,7 @@ def resize_classes(
     New class k starts as old class `keep[k]`, or as the null class where `keep[k]` is None, because a class
     that the model has not seen is one not given. The null class stays last. With 3 old classes, `keep`
     (2, None) makes a table of the old rows 2, 3 and 3: the old class 2, a new class, and the null class.
-    Everything else is unchanged.
+    What a text says of the factor's classes goes with them. Everything else is unchanged.
 
     Raises:
         ValueError: no such factor, no class left, or an old index out of range.
@@ -257,7 +298,13 @@ def resize_classes(
     wrong = [k for k in keep if k is not None and not 0 <= k < count]
     if wrong or not keep:
         raise ValueError(f"keep must name at least one class, each None or in 0..{count - 1}, not {wrong}")
-    key = f"y_embedder.tables.{factor}.weight"
     rows = torch.tensor([count if k is None else k for k in (*keep, None)])
     classes = (*config.classes[:factor], len(keep), *config.classes[factor + 1 :])
-    return {**weights, key: weights[key][rows.to(weights[key].device)]}, replace(config, classes=classes)
+    chosen = {key: weights[key][rows.to(weights[key].device)] for key in class_tensors(factor, weights)}
+    return {**weights, **chosen}, replace(config, classes=classes)
+
+
+def class_tensors(factor: int, names: Container[str]) -> list[str]:
+    """Return those of the weights' names that have a row for each class of a factor, null too."""
+    kinds = ("tables.{}.weight", "readers.{}.weight", "readers.{}.bias")
+    return [name for kind in kinds if (name := f"y_embedder.{kind.format(factor)}") in names]

@@ -65,6 +65,7 @@ class DiT(nn.Module):
             d,
             text_size=config.text_size,
             text_tokens=config.text_tokens,
+            text_labels=config.text_labels,
             fusion=config.fusion,
             more=config.mean_size,
         )

@@ -63,6 +63,7 @@ class SmallAutoencoderConfig:
 
 # The file that describes a small autoencoder, beside its weights.
 DESCRIPTION = "autoencoder.json"
+ENCODER_OF = "encoder_of"  # the fingerprint of the autoencoder that the encoder was trained in
 SCHEMA_VERSION = 1
 
 

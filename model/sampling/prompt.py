@@ -53,7 +53,8 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
     """Parse `label=cat,style=noto` or `text=a red fox`, with an optional `weight=0.5`.
 
-    Every part may be left out. Classes are named as in the service, or by their numbers.
+    Every part may be left out, and "style=" is no class where there is a default. Classes are named as in the
+    service, or by their numbers.
 
     Raises:
         SampleError: an unknown factor or class, a name of several classes, or a weight that is no number.
@@ -68,7 +69,7 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise SampleError(f"the model has no factor {unknown[0]!r}; it has {', '.join(names) or 'none'}")
-    labels = tuple(_class(factor, given.get(factor.name)) for factor in factors)
+    labels = tuple(_class(factor, given.get(factor.name, factor.default)) for factor in factors)
     return PromptTerm(labels, sentence, weight)
 
 
@@ -76,14 +77,18 @@ def prompt_terms(prompts: Sequence[str], factors: Sequence[Factor]) -> list[Prom
     """Return the conditions of prompts as the service reads them: classes told, and text if it says more."""
     names = [ClassNames(factor) for factor in factors]
     told = [classes_told(spell_pictographs(prompt), names) for prompt in prompts]
+    usual = [factor.default for factor in names]
     return [
-        PromptTerm(labels, prompt if left else None)
+        PromptTerm(
+            tuple(other if own is None else own for own, other in zip(labels, usual, strict=True)),
+            prompt if left else None,
+        )
         for prompt, (labels, left) in zip(prompts, told, strict=True)
     ]
 
 
 def _class(factor: Factor, name: str | None) -> int | None:
-    if name is None:
+    if not name:
         return None
     try:
         return ClassNames(factor).index(name)

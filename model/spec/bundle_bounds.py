@@ -163,7 +163,12 @@ def check_channels(channels: Mapping[str, int | None], config: BundleConfig) -> 
 
 
 def check_factors(factors: Sequence[NamedFactor], config: BundleConfig) -> None:
-    """Refuse factors that are not those of the network, or of one name."""
+    """Refuse factors that are not those of the network, or of one name, and a default of the first.
+
+    The first factor is what a request is about.
+    """
+    if factors and factors[0].default is not None:
+        raise ValueError(f"field factors: {factors[0].name} is what a request is about, and has no default")
     names = [factor.name for factor in factors]
     if len(set(names)) < len(names):
         raise ValueError(f"field factors: two have one name among {', '.join(names)}")

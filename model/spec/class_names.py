@@ -43,12 +43,20 @@ class UnknownClassError(ModelError):
 
 
 class NamedFactor(Protocol):
-    """A factor of a bundle: its name and class names, in index order."""
+    """A factor of a bundle: its name and class names, in index order, and that of the default class."""
 
     @property
     def name(self) -> str: ...
     @property
     def classes(self) -> Sequence[str]: ...
+    @property
+    def default(self) -> str | None: ...
+
+
+def same_classes(ours: Sequence[NamedFactor], theirs: Sequence[NamedFactor]) -> bool:
+    """Return whether factors have the same names and classes, whatever their defaults."""
+    named = ([(factor.name, tuple(factor.classes)) for factor in factors] for factors in (ours, theirs))
+    return next(named) == next(named)
 
 
 def words(text: str) -> Words:
@@ -78,6 +86,7 @@ class ClassNames:
         self._exact, self._folded = dict(exact), dict(folded)
         # A class's whole name comes before a synonym of another class.
         self._words: Mapping[object, list[int]] = {**synonyms, **whole}
+        self.default = None if factor.default is None else self.index(factor.default)
         self._longest = max((len(key) for key in self._words if isinstance(key, tuple)), default=0)
 
     def index(self, ref: str | int) -> int:

@@ -51,6 +51,7 @@ class DiTConfig:
         classes          the number of classes of each label factor k; index classes[k] is its null class
         text_size        the width of text embeddings; 0: the model takes no text
         text_tokens      the tokens of a text that every block attends to; 0: its embedding alone
+        text_labels      a text stands in for the labels that are not given, with a share for each class
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
         mean_rank        the rank of the mean picture that the condition tells, which tokens see, and which
                          the output is predicted about; 0: none
@@ -92,6 +93,7 @@ class DiTConfig:
     classes: tuple[int, ...] = (1000,)
     text_size: int = 0
     text_tokens: int = 0
+    text_labels: bool = False
     fusion: Fusion = "sum"
     learn_sigma: bool = True
     qk_norm: bool = False
@@ -190,6 +192,8 @@ class DiTConfig:
             raise ValueError(f"text_tokens must be 0 or positive, not {self.text_tokens!r}")
         if self.text_tokens and not self.text_size:
             raise ValueError("text_tokens needs text_size, the width of a token")
+        if self.text_labels and not (self.text_size and self.classes):
+            raise ValueError("text_labels needs texts and labels: set text_size and classes, or leave it out")
         if self.text_tokens and set(self.plan) != {"adaln_zero"}:
             raise ValueError("text_tokens is for blocks of the kind adaln_zero alone: change blocks")
         if not isinstance(self.layout_rank, int) or self.layout_rank < 0:

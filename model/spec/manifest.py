@@ -55,10 +55,22 @@ def read_config(value: Any) -> BundleConfig:
 
 
 class Factor(StrictModel):
-    """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
+    """One label factor of the condition. Its null class, "not given", has the index len(classes).
+
+    `default` is the class of a request that leaves the factor out; None: it is not given then.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=bounds.LARGEST_COUNT)]
+    default: ClassName | None = None
+
+    @model_validator(mode="after")
+    def _default_is_a_class(self) -> Factor:
+        if self.default is not None and self.classes.count(self.default) != 1:
+            raise ValueError(
+                f"the default {self.default!r} of factor {self.name} is not the name of one class"
+            )
+        return self
 
 
 class StateTensor(StrictModel):
@@ -241,6 +253,11 @@ class Manifest(StrictModel):
         bounds.check_axes(self.config, self.first_axis, self.fps, pixels=pixels)
         bounds.check_pictures(self.config, self.upscale, pixels=pixels)
         bounds.check_provenance(self.provenance)
+        if self.diffusion.clip_x0 and not pixels:
+            raise ValueError(
+                f"field diffusion.clip_x0: must be false where the decoder is {self.decoder}: latents "
+                "lie beyond [-1, 1] too"
+            )
         channels = {"diffusion.guidance_channels": self.diffusion.guidance_channels}
         if self.latents is not None:
             channels |= {"latents.shift": len(self.latents.shift), "latents.scale": len(self.latents.scale)}

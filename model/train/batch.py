@@ -36,7 +36,8 @@ ROLLBACK_SEED_STRIDE = 1 << 32
 class TrainingBatch:
     """The rows of a batch: pictures x0 (N, C, H, W) in model space, noise levels t (N,), and noise like x0.
 
-    Levels are float64. The conditions are labels (N, F) and text (N, text_width), after dropout.
+    Levels are float64. The conditions are labels (N, F) and text (N, text_width), after dropout. The
+    conditional mean of rows `hidden` (N,) bool is that of other maps than their own.
     """
 
     x0: Tensor
@@ -44,6 +45,7 @@ class TrainingBatch:
     t: Tensor
     noise: Tensor
     text: Tensor | None = None
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -60,8 +62,10 @@ class TrainingBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
-        text = None if self.text is None else change(self.text)
-        return TrainingBatch(change(self.x0), change(self.labels), change(self.t), change(self.noise), text)
+        text, hidden = (None if part is None else change(part) for part in (self.text, self.hidden))
+        return TrainingBatch(
+            change(self.x0), change(self.labels), change(self.t), change(self.noise), text, hidden
+        )
 
 
 class BatchSource:
@@ -123,7 +127,11 @@ class BatchSource:
             data.batch(index[row : row + 1], np.random.default_rng([seed, step, row])) for row in self.rows
         ]
         x0 = torch.from_numpy(np.concatenate(pictures))
-        return TrainingBatch(x0, labels[rows], t[rows], noise[rows], None if text is None else text[rows])
+        hidden = None
+        if config.mean_of_others:
+            hidden = (torch.rand(config.batch, generator=generator) < config.mean_of_others)[rows]
+        text = None if text is None else text[rows]
+        return TrainingBatch(x0, labels[rows], t[rows], noise[rows], text, hidden)
 
     def make_at_all_levels(self, step: int) -> TrainingBatch:
         """Make the same, at noise levels that are uniform over the trained range."""

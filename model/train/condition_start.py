@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ditserve.model.data.dataset import Dataset
-from ditserve.model.nets.conditioner import SCALE_ROWS, ConditionalMean, scale_shares
+from ditserve.model.nets.conditioner import SCALE_ROWS, ConditionalMean, ConditionEmbedder, scale_shares
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.train.batch import TrainingBatch
@@ -33,6 +33,10 @@ EXAMPLES, CHUNK = 1 << 15, 256
 SCALED_ROWS = 1 << 11
 # The weight of the overall mean in the mean of a class, in pictures.
 SHRINKAGE = 1.0
+# Texts of every example that the reading of labels is fitted to, and the last that its sharpness is.
+DRAWS = 3
+# The part of the variance of texts that counts for all directions alike, and the factors of what is read.
+SHRUNK, SHARPNESS = 0.1, 0.5 ** np.arange(0, 8, 0.5)
 # The ridge of the map of texts, whose sentence embeddings have length 1.
 RIDGE = 0.3
 # Components are multiplied by their variance to this power, so that fine differences tell as well.
@@ -71,7 +75,9 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
             weight[: len(rows), : rows.shape[1]] = torch.from_numpy(rows).float()
             if mean is not None:
                 weight[:, rows.shape[1] :] = torch.from_numpy(of_mean.tables[factor]).float()
-        if dataset.texts is not None and network.y_embedder.text is not None:
+        if network.y_embedder.readers:
+            start_readers(network.y_embedder, dataset, seed=seed)
+        elif dataset.texts is not None and network.y_embedder.text is not None:
             if mean is not None:
                 network.y_embedder.no_text[network.config.hidden_size :] = 0
             embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
@@ -213,6 +219,62 @@ def start_scales(
         rows += share.sum(0)
     spread = (left / rows.clamp(min=1e-9)).clamp(min=1e-8).sqrt()
     mean.scales.data = torch.cat([best, spread[:, None]], 1).float()
+
+
+def start_readers(embedder: ConditionEmbedder, dataset: Dataset, *, seed: int) -> None:
+    """Set what a text tells of labels to what the wordings of the training examples tell of theirs.
+
+    It is a linear discriminant (Fisher, 1936) of sentence embeddings, as sharp as suits wordings that it is
+    not fitted to. The null class is like the mean text. The map of texts, of what the classes do not tell,
+    starts at zero.
+    """
+    rng, counts = np.random.default_rng(seed), [len(factor.classes) for factor in dataset.factors]
+    index = dataset.training[(dataset.labels[dataset.training] < counts).all(1)]
+    if dataset.texts is None or embedder.text is None or not len(index):
+        return
+    if len(index) > EXAMPLES:
+        index = np.sort(rng.choice(index, EXAMPLES, replace=False))
+    chunks = [index[first : first + CHUNK] for _ in range(DRAWS) for first in range(0, len(index), CHUNK)]
+    texts = np.concatenate([dataset.texts.draw(chunk, rng)[:, : dataset.texts.size] for chunk in chunks])
+    labels = dataset.labels[np.concatenate(chunks)]
+    with torch.no_grad():
+        for layer in (embedder.text, *embedder.readers):
+            for parameter in layer.parameters():
+                parameter.zero_()
+        embedder.no_text.zero_()
+        for factor, count in enumerate(counts):
+            weight, bias = discriminant(texts.astype(np.float64), labels[:, factor], count, len(index))
+            reader = cast(nn.Linear, embedder.readers[factor])
+            reader.weight[:count] = torch.from_numpy(weight).float()
+            reader.bias[:count] = torch.from_numpy(bias).float()
+
+
+def discriminant(
+    texts: Floats, classes: npt.NDArray[np.int64], count: int, tried: int
+) -> tuple[Floats, Floats]:
+    """Return weights (count, size) and biases of the logits of classes, where that of none is 0.
+
+    The last `tried` of the texts (N, size) say how sharp they are to be, and the others all else; where there
+    are no others, all.
+    """
+    fitted, known = (texts[:-tried], classes[:-tried]) if len(texts) > tried else (texts, classes)
+    centre = fitted.mean(0)
+    shown = np.bincount(known, minlength=count)[:, None]
+    means = np.zeros((count, texts.shape[1]))
+    np.add.at(means, known, fitted - centre)
+    means /= np.maximum(shown, 1)
+    spread = fitted - centre - means[known]
+    covariance = spread.T @ spread / len(spread)
+    # Wordings that are all alike have no spread.
+    least = SHRUNK * spread.var(0).mean() + 1e-6 * (fitted.var(0).mean() + 1e-12)
+    covariance += least * np.eye(len(covariance))
+    weight = np.linalg.solve(covariance, means.T).T
+    bias = -0.5 * (weight * means).sum(1) - weight @ centre
+    logits = torch.from_numpy(np.column_stack([texts[-tried:] @ weight.T + bias, np.zeros(tried)])).float()
+    right = torch.from_numpy(classes[-tried:])
+    loss = [float(F.cross_entropy(sharpness * logits, right)) for sharpness in SHARPNESS.tolist()]
+    best = SHARPNESS[int(np.argmin(loss))]
+    return best * weight, best * bias
 
 
 def start_text(text: nn.Linear, embeddings: npt.NDArray[np.float32], codes: Floats) -> None:

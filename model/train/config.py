@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ditserve.model.data.dataset import Dataset, NamedPath
+from ditserve.model.data.latents import Latents
 from ditserve.model.distributed.processes import ParallelSpec
 from ditserve.model.spec.diffusion import Prediction
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
@@ -102,6 +103,11 @@ class TrainConfig(RunConfig):
     """"data": label tables and the text map start from the pictures (`model.train.condition_start`).
 
     None: from random numbers, or from `init`."""
+
+    mean_of_others: Rate | None = None
+    """Share of the rows whose conditional mean is that of the other maps than their condition's.
+
+    A pair of classes that no picture shows has no better one; so the network learns to draw from it."""
 
     loss_space: Prediction | None = None
     """The quantity whose squared error is the loss, whatever the network predicts.
@@ -278,6 +284,11 @@ class TrainConfig(RunConfig):
         sizes: list[Size] = [(*dataset.size[:-2], *stage.size[-2:]) for stage in self.stages]
         return list(zip([*ends, self.steps], sizes, strict=True))
 
+    def diffusion_of(self, dataset: Dataset) -> DiffusionSpec:
+        """Return the diffusion process of the model: latents, which have no bounds, are never clipped."""
+        clips = self.diffusion.clip_x0 and not isinstance(dataset, Latents)
+        return self.diffusion.model_copy(update={"clip_x0": clips})
+
     def network_config(self, dataset: Dataset) -> NetworkConfig:
         """Return the configuration of the network: `model`, with the size, channels and classes of the data.
 
@@ -299,6 +310,11 @@ class TrainConfig(RunConfig):
                 raise ValueError(
                     f"model.{field} is {self.model[field]}, but {value} by the data: leave it out"
                 )
+        if self.mean_of_others and (self.model.get("mean_maps", 1) < 2 or self.parallel.pipeline > 1):
+            raise ValueError(
+                "mean_of_others needs maps to choose among and no pipeline: set model.mean_maps and leave "
+                "parallel.pipeline out, or leave mean_of_others out"
+            )
         if self.model.get("mean_rank") and self.condition_start is None and self.start is None:
             raise ValueError("model.mean_rank is measured from the pictures: set condition_start=data")
         if len(set(sizes)) > 1:

@@ -171,7 +171,8 @@ def rehearse_sampling(trainer: Trainer) -> None:
     for solver, steps in (("ddim", min(SHEET_STEPS, defaults.steps)), (defaults.solver, defaults.steps)):
         levels = noise_levels(defaults.grid, steps, trainer.schedule)
         table = step_table(solver, levels, trainer.schedule)
-        x0 = next(denoise(denoiser, table, [config.seed], clip_x0=config.diffusion.clip_x0))
+        clip = config.diffusion_of(trainer.dataset).clip_x0
+        x0 = next(denoise(denoiser, table, [config.seed], clip_x0=clip))
         if trainer.decoder is not None:
             to_pixels(trainer.decoder.decode(x0))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
-from ditserve.model.data.latents import Latents
+from ditserve.model.data.latents import INDEX, Latents
 from ditserve.model.nets.autoencoder import AUTOENCODER, PictureDecoder, open_decoder
 from ditserve.model.spec.bundle import MANIFEST, Bundle
 from ditserve.model.spec.dit_config import DiTConfig
@@ -122,7 +122,11 @@ def read_run_config(source: Path) -> TrainConfig:
 
 def _open_dataset(config: TrainConfig, data: Path | None) -> Dataset:
     try:
-        return config.open_dataset(data)
+        dataset = config.open_dataset(data)
+        if (config.data.path / INDEX).is_file() and not isinstance(dataset, Latents):
+            # The pictures that a run's latents were made of have another size than these.
+            dataset = config.open_dataset()
+        return dataset
     except DataError as error:
         raise LoadError(f"sizes and class names come from the training pictures, and {error}") from None
 
@@ -195,7 +199,7 @@ def describe_run(
         version=f"0.{step}",
         description=f"{kind} over {size_name(shape.image_size, '×')} {values}",
         config=shape,
-        diffusion=config.diffusion,
+        diffusion=config.diffusion_of(dataset),
         factors=dataset.factors,
         first_axis=dataset.first_axis,
         fps=dataset.fps,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ditserve.model.distributed.parallel import ParallelNetwork
 from ditserve.model.distributed.processes import World
-from ditserve.model.nets.conditioner import embedding_penalty
+from ditserve.model.nets.conditioner import embedding_penalty, means_of_others
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.experts import balance_loss, observed_routers
 from ditserve.model.nets.factory import Network, make_network
@@ -26,7 +26,7 @@ from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
 from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
-from ditserve.model.train.condition_start import SCALED_ROWS, start_conditions, start_scales
+from ditserve.model.train.condition_start import SCALED_ROWS, start_conditions, start_readers, start_scales
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.objective import (
@@ -110,6 +110,8 @@ class Trainer:
             nn.init.normal_(table.get_parameter("weight"), std=config.label_std)
         if config.start is not None and not checkpoints(self.checkpoints):
             self.warm_start = warm_start(model, self.dataset.factors, config.start)
+            if "y_embedder.readers.0.weight" in self.warm_start.fresh:
+                start_readers(model.y_embedder, self.dataset, seed=config.seed)
         if config.condition_start == "data" and not checkpoints(self.checkpoints):
             start_conditions(model, self.dataset, std=config.label_std, seed=config.seed)
             if isinstance(model, DiT) and model.conditional_mean is not None:
@@ -197,7 +199,11 @@ class Trainer:
             batch = self.objective.prepare_batch(batch)
         config, noise = self.config, self.noise.at(batch.t)
         x_t = noise.noisy(batch.x0, batch.noise)
-        with observed_routers(self.state.model) as scores, autocast(config.precision, config.device):
+        with (
+            observed_routers(self.state.model) as scores,
+            means_of_others(self.state.model, batch.hidden),
+            autocast(config.precision, config.device),
+        ):
             output = self.parallel.forward(x_t, noise.told, batch.labels, batch.text)
         total, terms = self.loss_terms(batch, noise, x_t, output.float())
         if weight := config.balance_weight(self.network_config):

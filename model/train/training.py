@@ -162,7 +162,7 @@ def draw_sample_sheet(trainer: Trainer) -> dict[str, float]:
                 steps=min(SHEET_STEPS, defaults.steps),
                 guidance_scale=defaults.guidance_scale,
                 seed=config.seed,
-                clip_x0=config.diffusion.clip_x0,
+                clip_x0=config.diffusion_of(trainer.dataset).clip_x0,
             )
         if trainer.decoder is not None:
             sheet = draw_sheet(samples, trainer.decoder, trainer.dataset.factors, trainer.dataset.fps)

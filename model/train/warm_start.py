@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ditserve.model.nets.conditioner import match_classes, resize_classes
+from ditserve.model.nets.conditioner import class_tensors, match_classes, resize_classes
 from ditserve.model.spec.manifest import Factor
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError
@@ -69,10 +69,8 @@ def _weights_for(source: Path, factors: Sequence[Factor]) -> tuple[dict[str, Ten
         keep = match_classes(model.manifest.factors[old].classes, factor.classes)
         known += sum(row is not None for row in keep)
         resized, _ = resize_classes(weights, config, old, keep)
-        tables[_table(number)] = resized[_table(old)]
-    others = {name: tensor for name, tensor in weights.items() if not name.startswith("y_embedder.tables.")}
+        for name in class_tensors(old, resized):
+            tables[name.replace(f".{old}.", f".{number}.")] = resized[name]
+    of_classes = {name for number in old_numbers.values() for name in class_tensors(number, weights)}
+    others = {name: tensor for name, tensor in weights.items() if name not in of_classes}
     return {**others, **tables}, known
-
-
-def _table(number: int) -> str:
-    return f"y_embedder.tables.{number}.weight"

@@ -100,6 +100,7 @@ class JobOut(BaseModel):
 class FactorOut(BaseModel):
     name: str
     classes: list[str]
+    default: str | None = Field(None, description="The class of a request that leaves this factor out.")
 
 
 class StretchOut(BaseModel):

@@ -82,12 +82,19 @@ def requested_conditions(
 def _prompted(
     request: GenerateRequest, prompt: str, manifest: Manifest, vocabulary: Vocabulary
 ) -> RequestedConditions:
-    """Return the condition of a prompt: the classes that it tells, and its text where it says more."""
-    if request.condition:
-        raise field_error("prompt", "Give a prompt or a condition, not both.")
-    reads = manifest.config.text_size > 0
-    term = vocabulary.told(_text(prompt, manifest)) if reads else vocabulary.match(prompt)
-    return _with_negative((term,), "linear", request, manifest)
+    """Return the condition of a prompt: the classes that it tells, and its text where it says more.
+
+    Classes that the request names beside it are those in any case.
+    """
+    condition, reads = request.condition, manifest.config.text_size > 0
+    if not isinstance(condition, dict):
+        raise field_error("prompt", "Give a prompt or a list of conditions, not both.")
+    if reads and TEXT in condition:
+        raise field_error("prompt", "Give a prompt or the text of a condition, not both.")
+    read = (
+        vocabulary.told(_text(prompt, manifest), condition) if reads else vocabulary.match(prompt, condition)
+    )
+    return _with_negative((read,), "linear", request, manifest)
 
 
 def _with_negative(

@@ -62,7 +62,10 @@ def describe(
         text_tokens=text_tokens,
         networks=sorted(networks),
         adapters=None if adapters is None else [AdapterOut(**fields_of(adapter)) for adapter in adapters],
-        factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
+        factors=[
+            FactorOut(name=factor.name, classes=list(factor.classes), default=factor.default)
+            for factor in manifest.factors
+        ],
         samplers=list(SOLVERS),
         step_counts=sorted(manifest.diffusion.step_counts),
         grids=list(grid_names(manifest.diffusion.noise_schedule())),

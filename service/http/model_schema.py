@@ -100,7 +100,8 @@ def schema_text(model: ModelOut) -> str:
 def _classes(factor: FactorOut) -> str:
     shown = [str(name).partition(",")[0] for name in factor.classes[:3]]
     more = ", …" if len(factor.classes) > len(shown) else ""
-    return f"{len(factor.classes)} classes: {', '.join(shown)}{more}"
+    default = "" if factor.default is None else f"; {factor.default} unless asked"
+    return f"{len(factor.classes)} classes: {', '.join(shown)}{more}{default}"
 
 
 def _guidance(model: ModelOut) -> str:

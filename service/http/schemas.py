@@ -231,8 +231,8 @@ class GenerateRequest(DrawingOptions):
     prompt: str | None = Field(
         None,
         max_length=MAX_TEXT,
-        description="The picture in words, in place of a condition: a text where the model takes one, else "
-        "the names of classes.",
+        description="The picture in words: a text where the model takes one, else the names of classes. "
+        "Classes in `condition` beside it are certain.",
     )
     n: int = Field(1, ge=1, le=256, description="Number of images.")
     steps: int | None = Field(None, ge=1, description="Denoising steps; null is the model's default.")

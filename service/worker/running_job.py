@@ -260,11 +260,11 @@ def _steps(finished: Finished, job: Job) -> dict[str, Any]:
 
 
 def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
-    """Return a condition as a request writes it; text and weight only where they are not the default."""
+    """Return a condition as a request writes it: of what is not the default, "not given" too."""
     classes = {
-        factor.name: class_reference(factor, label)
+        factor.name: None if label is None else class_reference(factor, label)
         for factor, label in zip(factors, term.labels, strict=False)
-        if label is not None
+        if label is not None or factor.default is not None
     }
     text = {"text": term.text} if term.text else {}
     weight = {"weight": term.weight} if term.weight != 1.0 else {}

@@ -59,7 +59,9 @@ OPTIONS: dict[str, NetworkConfig] = {
         PLAIN, depth=1, classes=(), swiglu=True, head_channels=6, blocks=("adaln",), base_size=(8, 8)
     ),
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
-    "conditional mean": replace(PLAIN, depth=1, mean_rank=3, mean_maps=2),
+    "conditional mean, texts in place of labels": replace(
+        PLAIN, depth=1, mean_rank=3, mean_maps=2, text_size=5, text_labels=True
+    ),
     "text tokens alone, qk-norm": replace(
         PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True
     ),

@@ -204,6 +204,24 @@ def test_a_source_that_cannot_be_exported_is_one_sentence(
     assert error.count("\n") == 1
 
 
+def test_a_card_says_which_class_a_request_gets_that_names_none(
+    own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, style = tmp_path / "card.json", open_source(own_bundle).manifest.factors[1]
+    command = [str(own_bundle), "--out", str(tmp_path / "out"), "--card", str(card), "--steps", "2"]
+    card.write_text(json.dumps({"default_classes": {style.name: style.classes[0]}}))
+    assert main(command) == 0
+    defaults = [factor.default for factor in Bundle.open(tmp_path / "out").manifest.factors]
+    assert defaults == [None, style.classes[0]]
+    for wrong, message in (
+        ({"size": "large"}, "no factor 'size'"),
+        ({style.name: "none"}, "of factor style"),
+    ):
+        card.write_text(json.dumps({"default_classes": wrong}))
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_card_that_is_wrong_names_its_field(
     own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ditserve.model.evaluate import COLUMNS, main
+from ditserve.model.evaluate import COLUMNS, main, usual_conditions
 from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard, save_classifier
 from ditserve.model.evaluation.measures import REAL
-from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN
+from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, Given, Wordings
 from ditserve.model.spec.bundle import Bundle, write_manifest
+from tests.export.tiny import tiny_source
 
 NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
 
@@ -80,6 +81,18 @@ def test_the_report_holds_all_figures_and_the_pictures(
     assert "40 pictures are few for 6 features" in text
     assert opened(out / "closest.png").shape == (3 * 2 * 8, COLUMNS * 8, 3)
     assert opened(out / "held-out.png").shape == (2 * 8, COLUMNS * 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("instead", "wordings", "given"),
+    [(None, "first", "all"), (0.5, "first", "labels"), (0.5, "unseen", "text"), (None, "unseen", "all")],
+)
+def test_a_model_is_told_together_what_it_learned_together(
+    instead: float | None, wordings: Wordings, given: Given
+) -> None:
+    manifest = tiny_source().manifest
+    told = manifest.model_copy(update={"provenance": {"training": {"text_instead": instead}}})
+    assert usual_conditions(told, wordings) == given
 
 
 def test_the_same_seed_gives_the_same_figures(command: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from ditserve.model.spec.manifest import Factor
 from ditserve.service.errors import UnknownCondition
+from ditserve.service.jobs import ConditionTerm
 from ditserve.service.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -108,6 +109,31 @@ def test_a_text_tells_a_class_where_it_says_nothing_else(text: str, labels: tupl
     term = VOCABULARY.told(text)
     assert term.labels == labels
     assert term.text == ("" if labels[0] is not None else text)
+
+
+def test_a_factor_that_is_left_out_is_its_default() -> None:
+    style = Factor(name="style", classes=("noto", "twemoji"), default="twemoji")
+    usual = Vocabulary([Factor(name="label", classes=("apple", "ox")), style])
+    assert usual.term({"label": "ox"}).labels == (1, 1)
+    assert usual.term({"label": "ox", "style": None}).labels == (1, None)
+    assert usual.told("an ox, noto").labels == (1, 0)
+    assert usual.told("an ox with a hat") == ConditionTerm((None, 1), text="an ox with a hat")
+    assert usual.match("an ox").labels == (1, 1)
+
+
+@pytest.mark.parametrize("read", ["told", "match"])
+def test_classes_beside_a_prompt_are_certain(read: str) -> None:
+    reader = getattr(VOCABULARY, read)
+    assert reader("a red apple in noto style", {"style": "twemoji"}).labels == (1, 1)
+    assert reader("a red apple", {"label": "apple"}).labels == (0, None)
+    with pytest.raises(UnknownCondition):
+        reader("a red apple", {"size": "large"})
+
+
+def test_a_text_is_read_where_no_class_is_to_be() -> None:
+    assert VOCABULARY.told("a red apple", {"label": None}) == ConditionTerm((None, None), text="a red apple")
+    assert VOCABULARY.told("a red apple", {"label": "apple"}).text == ""
+    assert VOCABULARY.match("anything at all", {"label": "apple"}).labels == (0, None)
 
 
 def test_a_text_tells_no_class_by_a_name_of_two() -> None:

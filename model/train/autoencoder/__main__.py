@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from ditserve.commands import command_line
-from ditserve.model.nets.small_autoencoder import save_small_autoencoder
+from ditserve.model.nets.autoencoder import encoder_fingerprint
+from ditserve.model.nets.small_autoencoder import ENCODER_OF, save_small_autoencoder
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.output_folder import AUTOENCODER_RUN, claim
@@ -87,12 +89,14 @@ def write_autoencoder(trainer: AutoencoderTrainer) -> dict[str, float]:
     measured.sheet.save(config.output / f"sheet-{step:07d}.png")
     folder = config.output / "autoencoder"
     folder.mkdir(exist_ok=True)
-    card = {
+    card: dict[str, Any] = {
         "figures": measured.figures,
         "training": training_record(config, step),
         "licence": trainer.dataset.licence,
         "attribution": list(trainer.dataset.attribution),
     }
+    if config.decoder_of is not None:
+        card[ENCODER_OF] = encoder_fingerprint(config.decoder_of)
     save_small_autoencoder(folder, trainer.averaged_network(), card)
     return measured.figures
 

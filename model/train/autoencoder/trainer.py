@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError, batch_indices
-from ditserve.model.data.texture import edge_error, grain, psnr
+from ditserve.model.data.texture import edge_error, grain, psnr, ssim
 from ditserve.model.distributed.parallel import single_process
 from ditserve.model.nets.autoencoder import SmallVae, fingerprint, open_latent_autoencoder
 from ditserve.model.nets.small_autoencoder import SmallAutoencoder
@@ -175,7 +175,8 @@ class AutoencoderTrainer:
     def measure(self) -> Reconstruction:
         """Return how well the averaged weights reconstruct held-out pictures; without any, trained ones.
 
-        `psnr` is in dB, `grain` of 255, `decode_ms` of one picture with the threads of this process.
+        `psnr` is in dB, `ssim` at most 1, `grain` of 255, and `decode_ms` of one picture with the threads of
+        this process.
         """
         network, dataset = self.averaged_network(), self.dataset
         index = np.flatnonzero(dataset.held_out)[:MEASURED]
@@ -187,7 +188,8 @@ class AutoencoderTrainer:
         decode_ms = 1e3 * (time.perf_counter() - began) / len(images)
         rows = torch.stack([images[:SHOWN], decoded[:SHOWN]])  # (2, n, 3, H, W)
         sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2H, n·W, 3)
-        figures = {"psnr": psnr(decoded, images), "grain": grain(decoded), "decode_ms": decode_ms}
+        figures = {"psnr": psnr(decoded, images), "ssim": ssim(decoded, images)}
+        figures |= {"grain": grain(decoded), "decode_ms": decode_ms}
         return Reconstruction(
             {name: round(value, 3) for name, value in figures.items()},
             Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()),

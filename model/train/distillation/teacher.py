@@ -13,6 +13,7 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import along_rows
+from ditserve.model.spec.class_names import same_classes
 from ditserve.model.spec.guidance import guidance_weight, guided
 from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.network_config import NetworkConfig
@@ -67,7 +68,7 @@ def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: N
     """
     model = load_model(source)
     manifest, teacher = model.manifest, model.network.config
-    if tuple(manifest.factors) != tuple(dataset.factors):
+    if not same_classes(manifest.factors, dataset.factors):
         raise ValueError(
             f"distillation.teacher {source} has other conditions ({_describe(manifest.factors)}) than the "
             f"data ({_describe(dataset.factors)}): train on the data that the teacher was "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 
-from ditserve.model.data.texture import edge_error, grain, psnr, sharpness
+from ditserve.model.data.texture import edge_error, grain, psnr, sharpness, ssim
 
 
 def drawing() -> torch.Tensor:
@@ -35,6 +38,21 @@ def test_a_blurred_picture_is_less_sharp() -> None:
     assert 0.05 < sharpness(blurred, drawing()) < 0.6
     flat = torch.zeros(1, 3, 8, 8)
     assert sharpness(flat, flat) == 1.0
+
+
+def test_structural_similarity_is_the_published_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noisy = (drawing() + 0.3 * torch.randn(2, 3, 32, 32, generator=generator)).clamp(-1, 1)
+    found = []
+    for x, y in zip(drawing().flatten(0, 1).numpy(), noisy.flatten(0, 1).numpy(), strict=True):
+        smooth = partial(gaussian_filter, sigma=1.5, radius=5)
+        a, b = smooth(x), smooth(y)
+        spread = smooth(x * x) - a * a + smooth(y * y) - b * b
+        alike = (2 * a * b + 4e-4) * (2 * (smooth(x * y) - a * b) + 36e-4)
+        found.append((alike / ((a * a + b * b + 4e-4) * (spread + 36e-4)))[5:-5, 5:-5].mean())
+    assert ssim(noisy, drawing()) == pytest.approx(float(np.mean(found)), abs=1e-4)
+    assert ssim(drawing(), drawing()) == pytest.approx(1)
+    assert ssim(drawing()[..., :8, :8], drawing()[..., :8, :8]) == pytest.approx(1)
 
 
 def test_errors_between_two_pictures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from ditserve.model.evaluation.ladder_plan import (
 )
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.manifest import Manifest
-from tests.export.tiny import tiny_source
+from tests.export.tiny import CONFIG, tiny_source
 
 SMALL = LadderPlan("small", 24, {"ddim": (("trailing",), (4,)), "dpmpp-2m": (("trailing",), (6,))}, 4)
 
@@ -125,6 +126,25 @@ def test_real_pictures_stand_at_the_labels_that_are_drawn(tmp_path: Path) -> Non
     for row, picture in zip(inputs.labels, inputs.real, strict=False):
         expected = x[2 * int(row[0]) + int(row[1])].transpose(2, 0, 1) / 127.5 - 1
         np.testing.assert_allclose(picture.numpy(), expected, atol=1e-5)
+
+
+def test_a_model_of_texts_or_labels_is_measured_on_both(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.npz"
+    x, names = np.zeros((8, 16, 16, 3), np.uint8), np.array(["circle", "square", "triangle", "star"])
+    captions = np.array([name * 2 for name in names.repeat(2)])
+    y, s, styles = np.arange(8) // 2, np.arange(8) % 2, np.array(["flat", "shaded"])
+    np.savez(file, x=x, y=y, s=s, names=names, styles=styles, captions=captions)
+    source = tiny_source(replace(CONFIG, text_size=1))
+    dataset = DataConfig(path=file, hold_out=0.0, text="tests.model.data.test_texts:Lengths").open()
+    together = draw_inputs(source, 6, dataset)
+    assert together.text is not None
+    assert together.text.all()
+    manifest = source.manifest.model_copy(update={"provenance": {"training": {"text_instead": 0.5}}})
+    apart = draw_inputs(replace(source, manifest=manifest), 6, dataset)
+    assert apart.text is not None
+    told, null = apart.text.any(1), apart.labels[:, 0] == CONFIG.classes[0]
+    assert told.tolist() == null.tolist() == [False, True] * 6
+    assert torch.equal(apart.labels[:, 1], together.labels[:, 1])
 
 
 @pytest.mark.parametrize("timesteps", [1, 2, 10, 1000])

@@ -65,6 +65,24 @@ def test_rows_without_text_get_the_vector_for_none() -> None:
     assert not torch.allclose(one[1], both[1])
 
 
+def test_a_text_stands_in_for_the_labels_that_are_not_given() -> None:
+    embedder = ConditionEmbedder((5, 3), 8, text_size=4, text_labels=True)
+    assert embedder.text is not None
+    first, second = (cast(nn.Embedding, table).weight for table in embedder.tables)
+    with torch.no_grad():
+        for parameter in (*embedder.text.parameters(), *embedder.readers.parameters()):
+            parameter.zero_()
+        # The text says class 2 or 3 of the first factor, and nothing of the second.
+        readers = [cast(nn.Linear, reader) for reader in embedder.readers]
+        readers[0].weight[2, 0] = readers[0].weight[3, 0] = readers[1].weight[3, 0] = 100.0
+    text = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(3, -1).clone()
+    text[2] = 0
+    out = embedder(torch.tensor([[5, 3], [1, 0], [5, 3]]), text)
+    torch.testing.assert_close(out[0], (first[2] + first[3]) / 2 + second[3])
+    torch.testing.assert_close(out[1], first[1] + second[0], msg="what is given is not read")
+    torch.testing.assert_close(out[2], first[5] + second[3], msg="no text says nothing")
+
+
 def test_wrong_conditions_are_refused() -> None:
     labels = torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"labels must be \(N, 2\) whole numbers, not \(2, 1\)"):
@@ -141,6 +159,17 @@ def test_other_classes_start_from_the_old_ones(network: Make) -> None:
     x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 7)
     with torch.no_grad():
         assert torch.equal(grown(x, t, after), dit(x, t, before))
+
+
+def test_what_a_text_says_goes_with_the_classes(tiny: Tiny) -> None:
+    dit = DiT(tiny(text_size=4, text_labels=True))
+    with torch.no_grad():
+        for parameter in dit.y_embedder.readers.parameters():
+            parameter.normal_()
+    weights, config = resize_classes(dit.state_dict(), dit.config, 0, [4, 2, 0, 1, 3])
+    grown, text, nothing = DiT(config), torch.randn(2, 4), torch.tensor([[5, 3], [5, 3]])
+    grown.load_state_dict(weights)
+    torch.testing.assert_close(grown.embed(nothing, text), dit.embed(nothing, text))
 
 
 def test_classes_of_a_unet_are_resized_too() -> None:

@@ -82,4 +82,11 @@ def test_a_prompt_is_the_classes_that_it_tells_or_its_text_as_it_is_written() ->
     told, emoji, more = terms
     assert (told, emoji) == (PromptTerm((1, 0)), PromptTerm((0, None)))
     assert more == PromptTerm((None, 0), "a 🐱 in the rain, noto")
+    noto = factors[1].model_copy(update={"default": "noto"})
+    usual = (factors[0], noto)
+    assert [term.labels for term in prompt_terms(("an ox", "rain"), usual)] == [(1, 0), (None, 0)]
+    assert [parse_condition(text, usual).labels for text in ("label=ox", "label=ox,style=")] == [
+        (1, 0),
+        (1, None),
+    ]
     assert prompt_terms(("a  🐱",), ()) == [PromptTerm((), "a  🐱")]

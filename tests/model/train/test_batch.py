@@ -37,6 +37,23 @@ def test_processes_share_one_batch(tmp_path: Path) -> None:
         assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
 
 
+def test_rows_with_the_mean_of_others_are_drawn_last(tmp_path: Path) -> None:
+    """What a run draws for the same step stays."""
+    model = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "mean_rank": 2, "mean_maps": 2}
+    changes: dict[str, Any] = {"batch": 400, "condition_start": "data", "model": model}
+    plain = source(tmp_path, **changes).make(0)
+    apart = source(tmp_path, **changes, mean_of_others=0.25).make(0)
+    assert plain.hidden is None
+    assert equal(plain, apart)
+    assert apart.hidden is not None
+    assert float(apart.hidden.float().mean()) == pytest.approx(0.25, abs=0.08)
+    half = next(apart.split(2)).hidden
+    assert half is not None
+    assert torch.equal(half, apart.hidden[:200])
+    with pytest.raises(ValueError, match="mean_of_others needs maps"):
+        source(tmp_path, mean_of_others=0.25)
+
+
 def test_after_a_roll_back_the_same_step_trains_on_something_else(tmp_path: Path) -> None:
     made = source(tmp_path)
     assert not equal(made.make(3, 0), made.make(3, 1))

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from ditserve.model.nets.conditioner import scale_shares
+from ditserve.model.nets.conditioner import means_of_others, scale_shares
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.condition_start import (
     Floats,
     class_means,
+    discriminant,
     encode_means,
     start_conditions,
     start_mean,
     start_text,
 )
+from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import tiny_config
 
@@ -63,6 +65,50 @@ def test_texts_start_as_the_best_linear_map() -> None:
     np.testing.assert_allclose(mapped, embeddings @ told + 2.0, atol=0.02)
 
 
+def test_texts_are_read_as_far_as_they_tell() -> None:
+    """Wordings of a class are recognised; those that say as little as others are left open."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(6, 16))
+    classes = rng.integers(6, size=1200)
+    texts = directions[classes] + 0.1 * rng.normal(size=(1200, 16))
+    texts[::4] = 0.5 * rng.normal(size=(300, 16))
+    weight, bias = discriminant(texts, classes, 6, 300)
+    again = directions[classes] + 0.1 * rng.normal(size=(1200, 16))
+    logits = torch.from_numpy(np.column_stack([again @ weight.T + bias, np.zeros(1200)]))
+    shares = logits.softmax(1)
+    assert (shares.argmax(1).numpy() == classes).mean() > 0.95
+    vague = torch.from_numpy(np.append(texts.mean(0) @ weight.T + bias, 0.0)).softmax(0)
+    assert vague.max() < 0.5
+
+
+@pytest.mark.parametrize("start", ["data", "init"])
+def test_a_run_starts_with_what_texts_say_of_labels(tmp_path: Path, bundle: Path, start: str) -> None:
+    config = tiny_config(tmp_path)
+    arrays = dict(np.load(config.data.path))
+    # Names of 1, 4 and 7 letters, by an encoder that counts them.
+    arrays["captions"] = np.array(["x" * (1 + 3 * name) for name in arrays["y"]])
+    np.savez(config.data.path, **arrays)
+    changes = {"condition_start": "data"} if start == "data" else {"init": str(bundle)}
+    trainer = Trainer(
+        TrainConfig.model_validate(
+            {
+                **config.model_dump(),
+                **changes,
+                "data": {**config.data.model_dump(), "text": "tests.model.data.test_texts:Lengths"},
+                "model": {**config.model, "hidden_size": 32, "text_labels": True},
+            }
+        )
+    )
+    network = trainer.state.model
+    assert isinstance(network, DiT)
+    lengths = torch.tensor([[1.0], [4.0], [7.0]])
+    shares = network.y_embedder.readers[0](lengths).softmax(1)
+    assert shares.argmax(1).tolist() == [0, 1, 2]
+    # All styles have the same texts, which say nothing of them.
+    styles = network.y_embedder.readers[1](lengths).softmax(1)
+    torch.testing.assert_close(styles, torch.full((3, 3), 1 / 3), atol=0.05, rtol=0)
+
+
 # Each shape looks another way in each colour, on 2 channels of 4×4; the last shape is not there in the last.
 LOOKS = RNG.normal(size=(12, 3, 32)) + SHAPES[:, None] + COLOURS
 THERE = (LABELS[:, 0] < 11) | (LABELS[:, 1] < 2)
@@ -103,6 +149,20 @@ def test_a_conditional_mean_starts_as_what_each_class_looks_like_in_each_map() -
     # Without a colour a shape is the mean of its colours, and without either it is that of all pictures.
     np.testing.assert_allclose(told(network, (4, 3))[0], LOOKS[4].mean(0), atol=0.1)
     np.testing.assert_allclose(told(network, (12, 3))[0], SHOWN.mean(0), atol=0.1)
+
+
+def test_hidden_rows_are_told_the_mean_of_the_other_maps() -> None:
+    network, pairs = started(maps=3), torch.tensor([[4, 0], [4, 0], [5, 3]])
+    conditional, hidden = network.conditional_mean, torch.tensor([False, True, True])
+    assert conditional is not None
+    told_of = network.embed(pairs)[:, network.config.hidden_size :]
+    plain = conditional.mean(told_of)
+    with means_of_others(network, hidden):
+        means = conditional.mean(told_of)
+    assert torch.equal(means[0], plain[0])
+    np.testing.assert_allclose(means[1].flatten().detach(), LOOKS[4, 1:].mean(0), atol=0.1)
+    torch.testing.assert_close(means[2], plain[2], msg="no map is chosen: all are alike")
+    assert torch.equal(conditional.mean(told_of), plain)
 
 
 def test_a_conditional_mean_of_one_map_is_what_a_class_has_in_common() -> None:

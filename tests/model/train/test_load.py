@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -79,6 +80,23 @@ def test_a_run_on_latents_knows_its_normalisation(latent_run: Path) -> None:
     assert published is not None
     assert published.shift == (0.0,) * 4
     assert published.scale == pytest.approx((1 / 0.18215,) * 4)
+
+
+def test_a_run_on_latents_is_loaded_with_the_pictures_at_hand(latent_run: Path, tmp_path: Path) -> None:
+    """`model.evaluate` compares with the pictures; the network's size is that of its latents."""
+    x, y = np.zeros((4, 16, 16, 3), np.uint8), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "pictures.npz", x=x, y=y, names=np.array(["cat", "dog"]))
+    found = load_model(latent_run, data=tmp_path / "pictures.npz")
+    assert found.network.config == load_model(latent_run).network.config
+
+
+def test_latents_are_not_clipped(latent_run: Path) -> None:
+    """Their values have no bounds: clipped to [-1, 1], pictures come out pale and soft."""
+    fields = json.loads((latent_run / "config.json").read_text())
+    # Earlier releases wrote what was the default for pixels into every run.
+    fields["diffusion"]["clip_x0"] = True
+    (latent_run / "config.json").write_text(json.dumps(fields))
+    assert not load_model(latent_run).manifest.diffusion.clip_x0
 
 
 def test_its_samples_are_decoded(

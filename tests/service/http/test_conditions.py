@@ -194,9 +194,13 @@ async def test_a_prompt_is_the_classes_that_it_tells_or_a_text(stage: Stage) -> 
     assert submitted(stage).condition == (ConditionTerm((3, None)),)
     assert (await stage.generate(condition={"text": "a lemon"})).status_code == 200
     assert submitted(stage).condition == (ConditionTerm((None, None), text="a lemon"),)
-    refused = await stage.generate(condition=LEMON, prompt="a fox")
-    assert refused.status_code == 422
-    assert refused.json()["errors"][0]["pointer"] == "#/prompt"
+    # A class beside the prompt is certain.
+    assert (await stage.generate(condition=LEMON, prompt="a red fox")).status_code == 200
+    assert submitted(stage).condition == (ConditionTerm((3, None), text="a red fox"),)
+    for condition in ({"text": "a lemon"}, [LEMON]):
+        refused = await stage.generate(condition=condition, prompt="a fox")
+        assert refused.status_code == 422
+        assert refused.json()["errors"][0]["pointer"] == "#/prompt"
 
 
 async def test_emoji_are_read_by_their_names_and_words_are_counted(stage: Stage) -> None:
@@ -249,7 +253,7 @@ async def test_conditions_are_composed_by_either_door(stage: Stage) -> None:
     [
         ({}, "prompt: Give a prompt, or a condition in its place."),
         ({"prompt": ""}, "prompt: Give a prompt, or a condition in its place."),
-        ({"prompt": "a lemon", **COMPOSED}, "prompt: Give a prompt or a condition, not both."),
+        ({"prompt": "a lemon", **COMPOSED}, "prompt: Give a prompt or a list of conditions, not both."),
         ({**COMPOSED, "mix": "linear"}, 'condition: A negative weight needs "mix": "compose"'),
     ],
 )

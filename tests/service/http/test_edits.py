@@ -84,7 +84,9 @@ async def test_what_cannot_be_is_refused_by_its_field(
 
 async def test_a_bundle_without_an_encoder_says_what_to_do(open_stage: OpenStage, tmp_path: Path) -> None:
     """Bundles on latents that an earlier release exported have none."""
-    (tmp_path / "manifest.json").write_text(json.dumps({**MANIFEST, "decoder": "small"}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**MANIFEST, "decoder": "small", "diffusion": {**MANIFEST["diffusion"], "clip_x0": False}})
+    )
     stage = await open_stage(bundle=tmp_path)
     answer = await stage.generate(**PICTURE)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid-request")

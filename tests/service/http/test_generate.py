@@ -244,7 +244,7 @@ async def test_the_error_of_a_job_is_the_answer(stage: Stage) -> None:
 async def test_models_describes_the_bundle(stage: Stage) -> None:
     (model,) = (await stage.client.get("/models")).json()["models"]
     assert (model["name"], model["size"], model["licence"]) == ("fruits", "16x16", "Apache-2.0")
-    assert model["factors"][1] == {"name": "style", "classes": ["noto", "twemoji"]}
+    assert model["factors"][1] == {"name": "style", "classes": ["noto", "twemoji"], "default": None}
     assert "ddim" in model["samplers"]
     assert [rung["name"] for rung in model["ladder"]] == ["full", "half", "floor"]
     assert model["ladder_order"] == "own"

@@ -274,7 +274,12 @@ async def test_a_model_without_an_encoder_starts_from_no_picture(
     open_stage: OpenStage, tmp_path: Path
 ) -> None:
     config = {**MANIFEST["config"], "in_channels": 4}
-    manifest = {**MANIFEST, "config": config, "decoder": "sd-vae"}
+    manifest = {
+        **MANIFEST,
+        "config": config,
+        "decoder": "sd-vae",
+        "diffusion": {**MANIFEST["diffusion"], "clip_x0": False},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     stage = await open_stage(bundle=tmp_path)
     assert (await stage.client.get("/models")).json()["models"][0]["pictures"] is False

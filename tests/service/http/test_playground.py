@@ -145,6 +145,8 @@ class TestInChromium:
     ) -> None:
         manifest = json.loads((many_fruits / "manifest.json").read_text())
         manifest["config"]["text_size"] = 8
+        usual, other, *_ = manifest["factors"][1]["classes"]
+        manifest["factors"][1]["default"] = usual
         (many_fruits / "manifest.json").write_text(json.dumps(manifest))
         stage = await open_stage(bundle=many_fruits)
         async with browse(home(await serve(stage))) as page:
@@ -164,6 +166,16 @@ class TestInChromium:
             await page.wait_for_selector(f"#wall button[title^='{asked} with a hat']")
             (term,) = stage.worker.claimed[-1].job.condition
             assert (term.text, term.labels[0]) == (f"{asked} with a hat", None)
+            # A style that nobody names is the model's own, and one that is chosen is certain.
+            assert await page.inner_text("#factor-style option >> nth=0") == f"{usual} unless named"
+            for chosen, index in (("", 0), (other, 1)):
+                await page.fill("#text", "a hat")
+                await page.select_option("#factor-style", chosen)
+                before = await page.locator("#wall button").count()
+                await page.click("#go")
+                await page.locator("#wall button").nth(before).wait_for()
+                (term,) = stage.worker.claimed[-1].job.condition
+                assert term == ConditionTerm((None, index), text="a hat")
 
     async def test_by_keyboard_alone(
         self, open_stage: OpenStage, serve: Serve, many_fruits: Path, browse: Browse
@@ -350,7 +362,12 @@ class TestInChromium:
         self, open_stage: OpenStage, serve: Serve, tmp_path: Path, browse: Browse
     ) -> None:
         config = {**MANIFEST["config"], "in_channels": 4}
-        manifest = {**MANIFEST, "config": config, "decoder": "sd-vae"}
+        manifest = {
+            **MANIFEST,
+            "config": config,
+            "decoder": "sd-vae",
+            "diffusion": {**MANIFEST["diffusion"], "clip_x0": False},
+        }
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         async with browse(home(await serve(await open_stage(bundle=tmp_path)))) as page:
             await page.wait_for_selector("#go:enabled")

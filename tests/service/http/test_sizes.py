@@ -88,7 +88,14 @@ async def test_a_deadline_is_weighed_against_the_rows_of_all_windows(stage: Stag
 
 def test_windows_over_latents_are_reckoned_in_pixels_of_the_image() -> None:
     config = {**MANIFEST["config"], "in_channels": 4}
-    manifest = Manifest.model_validate({**MANIFEST, "config": config, "decoder": "small"})
+    manifest = Manifest.model_validate(
+        {
+            **MANIFEST,
+            "config": config,
+            "decoder": "small",
+            "diffusion": {**MANIFEST["diffusion"], "clip_x0": False},
+        }
+    )
     height, width = MANIFEST["config"]["image_size"]
     wide = in_windows(AskedSize(f"{16 * width}x{8 * height}"), manifest, max_area=4)
     assert wide == OutputSize((height, 2 * width), 3, 3.0)

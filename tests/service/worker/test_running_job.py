@@ -76,6 +76,15 @@ def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> No
     assert metadata["mix"] == "spherical"
 
 
+def test_a_class_that_was_not_given_is_told_where_there_is_a_default(make_job: Callable[..., Job]) -> None:
+    usual = [FACTORS[0], FACTORS[1].model_copy(update={"default": FACTORS[1].classes[0]})]
+    job = replace(make_job(), condition=(ConditionTerm((1, None)),))
+    assert json.loads(describe(job, FINISHED, 7, usual)["condition"]) == {
+        "label": "strawberry",
+        "style": None,
+    }
+
+
 def test_a_picture_is_drawn_again_with_the_steps_and_the_strength_that_were_asked(
     make_job: Callable[..., Job],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ import torch
 from ditserve.model.data import __main__ as data
 from ditserve.model.data.dataset import DataConfig
 from ditserve.model.nets.autoencoder import (
+    AUTOENCODER,
     AutoencoderError,
     SmallVae,
+    encoder_fingerprint,
+    fingerprint,
     open_autoencoder,
+    open_decoder,
     open_latent_autoencoder,
 )
 from ditserve.model.nets.small_autoencoder import (
@@ -25,6 +30,7 @@ from ditserve.model.nets.small_autoencoder import (
 from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.train.autoencoder.__main__ import main
 from ditserve.model.train.checkpoint import checkpoints
+from tests.export.tiny import CONFIG, tiny_source
 
 SMALL = {"latent_channels": 3, "widths": [8, 12], "blocks": [1, 1], "noise": 0.05}
 
@@ -110,6 +116,20 @@ def test_a_decoder_is_trained_alone_on_latents_that_stay(trained: Path, tmp_path
         assert all(map(torch.equal, ours, theirs)) is same
     card = json.loads((tmp_path / "run" / "autoencoder" / "autoencoder.json").read_text())
     assert card["training"]["decoder_of"] == "autoencoder"
+    # Networks that were trained on its latents take it, and so do latents of it the first.
+    maker = fingerprint(trained / "autoencoder")
+    assert card["encoder_of"] == encoder_fingerprint(trained / "autoencoder") == maker
+    manifest = tiny_source(replace(CONFIG, in_channels=3, image_size=(4, 4))).manifest.model_copy(
+        update={
+            "decoder": "small",
+            "latents": LatentSpec(shift=(0.0,) * 3, scale=(1.0,) * 3, factor=4),
+            "provenance": {AUTOENCODER: maker},
+        }
+    )
+    open_decoder(manifest, tmp_path / "run" / "autoencoder")
+    other = manifest.model_copy(update={"provenance": {AUTOENCODER: "0" * 64}})
+    with pytest.raises(AutoencoderError, match="is not what made the latents"):
+        open_decoder(other, tmp_path / "run" / "autoencoder")
 
 
 @pytest.mark.parametrize(
