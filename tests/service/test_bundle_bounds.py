@@ -29,6 +29,7 @@ RUN = {"solver": "ddim", "steps": 10, "grid": "trailing"}
 WHOLE: dict[str, Any] = {
     **MANIFEST.model_dump(mode="json"),
     "decoder": "sd-vae",
+    "diffusion": {**MANIFEST.diffusion.model_dump(mode="json"), "clip_x0": False},
     "latents": {"shift": [0.0, 0.1, 0.2], "scale": [1.0, 2.0, 3.0], "factor": 8},
     "ladder": [
         {**RUN, "name": "ddim-10", "rows": 20.0, "quality": 0.1},
@@ -181,7 +182,7 @@ def test_each_refusal_names_its_field(path: tuple[str | int, ...], value: Any, s
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 # The whole manifest, of a flow.
 FLOW: list[tuple[tuple[str | int, ...], Any]] = [
-    (("diffusion",), {"schedule": "flow", "prediction": "flow"}),
+    (("diffusion",), {"schedule": "flow", "prediction": "flow", "clip_x0": False}),
     (("ladder",), [{**WHOLE["ladder"][0], "solver": "euler", "grid": "uniform", "steps": 4}]),
     *(((run, "solver"), "euler") for run in ("defaults", "golden")),
     *(((run, "grid"), "uniform") for run in ("defaults", "golden")),

@@ -295,6 +295,7 @@ class TestInChromium:
 
     async def test_a_mask_is_drawn_by_keyboard_alone(self, stage: Stage, page: Any) -> None:
         await page.set_input_files("#file", files=[file("a.png", saved(halves(16, 16)))])
+        await page.wait_for_selector("#easel")
         await page.focus("#mask")
         assert await page.is_visible("#ring")
         for key in ("ArrowLeft", "ArrowLeft", "Shift+ArrowUp", "Space"):
