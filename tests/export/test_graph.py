@@ -229,8 +229,10 @@ def test_a_small_autoencoder_comes_along_for_what_draws_with_torch(tmp_path: Pat
         made.mkdir()
     save_small_autoencoder(folder, SmallAutoencoder(sizes), {})
     spec = LatentSpec(shift=(0.0,) * 4, scale=(1.0,) * 4, factor=2)
-    update = {"decoder": "small", "latents": spec, "config": replace(PLAIN, in_channels=4)}
-    latent = tiny_source(PLAIN).manifest.model_copy(update=update)
+    update: dict[str, Any] = {"decoder": "small", "latents": spec, "config": replace(PLAIN, in_channels=4)}
+    pixels = tiny_source(PLAIN).manifest
+    update["diffusion"] = pixels.diffusion.model_copy(update={"clip_x0": False})
+    latent = pixels.model_copy(update=update)
     write_decoder(latent, bundle, vae=folder)
     own = autoencoder_folder(bundle, None)
     assert own is not None
