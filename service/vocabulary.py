@@ -27,10 +27,17 @@ class Vocabulary:
     def __init__(self, factors: Sequence[NamedFactor]) -> None:
         self._factors = tuple(ClassNames(factor) for factor in factors)
 
-    def term(self, condition: Mapping[str, ClassRef], weight: float = 1.0) -> ConditionTerm:
+    def term(
+        self,
+        condition: Mapping[str, ClassRef],
+        weight: float = 1.0,
+        *,
+        told: Sequence[int | None] | None = None,
+    ) -> ConditionTerm:
         """Return the class indices of a condition, in factor order.
 
-        A factor left out is its default class, if it has one. None is the null class.
+        A factor left out is the class that a prompt has `told`, or else its default class, if it has one.
+        None is the null class.
 
         Raises:
             UnknownCondition: there is no such factor or class, or several of one name; carries the closest
@@ -44,21 +51,15 @@ class Vocabulary:
                     suggestions=closest(key, names) or names,
                     extra={"factor": key[:100]},
                 )
-        return ConditionTerm(self._labels(condition, [None] * len(self._factors)), weight)
-
-    def _labels(
-        self, condition: Mapping[str, ClassRef], told: Sequence[int | None]
-    ) -> tuple[int | None, ...]:
-        """Return the class of each factor: that of the condition, else the one told, else the default."""
         labels = []
-        for factor, of_prompt in zip(self._factors, told, strict=True):
+        for factor, of_prompt in zip(self._factors, told or [None] * len(names), strict=True):
             if factor.factor not in condition:
                 labels.append(factor.default if of_prompt is None else of_prompt)
                 continue
             ref = condition[factor.factor]
             with _refusals_of(factor):
                 labels.append(None if ref is None else factor.index(ref))
-        return tuple(labels)
+        return ConditionTerm(tuple(labels), weight)
 
     def match(self, prompt: str, condition: Mapping[str, ClassRef] | None = None) -> ConditionTerm:
         """Return the classes that a prompt names, with those of a condition in their place.
@@ -82,15 +83,14 @@ class Vocabulary:
                     labels.append(None if labels else factor.index(prompt))
                 else:
                     labels.append(factor.in_prompt(prompt))
-        first = self._factors[0] if self._factors else None
-        if first is not None and labels[0] is None and first.factor not in given:
+        if labels and labels[0] is None and (first := self._factors[0]).factor not in given:
             raise UnknownCondition(
                 f"The prompt names no {first.factor} this model knows; "
                 f"name one of its {len(first.classes)} classes.",
                 suggestions=first.suggest(prompt),
                 extra={"factor": first.factor},
             )
-        return self._with(given, labels)
+        return self.term(given, told=labels)
 
     def told(self, text: str, condition: Mapping[str, ClassRef] | None = None) -> ConditionTerm:
         """Return the classes that a text tells, and the text where it says more: see `classes_told`.
@@ -98,13 +98,9 @@ class Vocabulary:
         Those of a condition are in their place.
         """
         told, left = classes_told(text, self._factors)
-        term = self._with(condition or {}, told)
+        term = self.term(condition or {}, told=told)
         # A condition may leave out what the text has told.
         return replace(term, text=left if term.labels and term.labels[0] is not None else text)
-
-    def _with(self, condition: Mapping[str, ClassRef], told: Sequence[int | None]) -> ConditionTerm:
-        """Return the classes of a condition, checked, and where it has none those told, else the defaults."""
-        return replace(self.term(condition), labels=self._labels(condition, told))
 
 
 @contextmanager

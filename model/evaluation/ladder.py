@@ -112,7 +112,8 @@ def draw_inputs(model: LoadedModel, conditions: int, dataset: Dataset | None) ->
     text = None if chosen.texts is None else torch.from_numpy(chosen.texts.draw(every))
     if text is not None and texts_instead(model.manifest):
         # Every second condition is a text.
-        text[::2], labels[1::2, 0] = 0, model.network.config.classes[0]
+        text[::2] = 0
+        labels[1::2, 0] = model.network.config.classes[0]
     return LadderInputs(labels.repeat(DRAWS, 1), None if text is None else text.repeat(DRAWS, 1), real)
 
 

@@ -94,7 +94,8 @@ class ConditionEmbedder(nn.Module):
         if self.text is not None:
             parts.append(self._text(len(labels), text))
             if text is not None:
-                parts[:-1] = [self._read(k, part, labels[:, k], text) for k, part in enumerate(parts[:-1])]
+                for k in range(len(self.readers)):
+                    parts[k] = self._read(k, parts[k], labels[:, k], text)
         elif text is not None:
             raise ValueError("this model takes no text: its text_size is 0")
         # An unconditional model has neither labels nor text.
@@ -137,8 +138,6 @@ class ConditionEmbedder(nn.Module):
 
     def _read(self, factor: int, row: Tensor, label: Tensor, text: Tensor) -> Tensor:
         """Return the part (N, W) of a factor: its row where a label or no text is given, else the text's."""
-        if not self.readers:
-            return row
         reader, table = cast(nn.Linear, self.readers[factor]), cast(nn.Embedding, self.tables[factor])
         shares = reader(text.to(reader.weight.dtype)).softmax(dim=1)  # (N, classes + 1)
         stands_in = (text != 0).any(dim=1) & (label == table.num_embeddings - 1)  # (N,)
@@ -199,6 +198,7 @@ class ConditionalMean(nn.Module):
         scales = torch.tensor([0.0, 0.0, 1.0]).repeat(SCALE_ROWS, 1)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.embedder = PatchEmbed(config.patch, config.in_channels, config.hidden_size)
+        # Rows of the passes inside `means_of_others`.
         self.hidden: Tensor | None = None
 
     def forward(self, told: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,12 +77,8 @@ def prompt_terms(prompts: Sequence[str], factors: Sequence[Factor]) -> list[Prom
     """Return the conditions of prompts as the service reads them: classes told, and text if it says more."""
     names = [ClassNames(factor) for factor in factors]
     told = [classes_told(spell_pictographs(prompt), names) for prompt in prompts]
-    usual = [factor.default for factor in names]
     return [
-        PromptTerm(
-            tuple(other if own is None else own for own, other in zip(labels, usual, strict=True)),
-            prompt if left else None,
-        )
+        PromptTerm(labels, prompt if left else None)
         for prompt, (labels, left) in zip(prompts, told, strict=True)
     ]
 

@@ -169,7 +169,7 @@ class ClassNames:
 
 
 def classes_told(prompt: str, factors: Sequence[ClassNames]) -> tuple[tuple[int | None, ...], str]:
-    """Return the class of each factor that a text tells, None where it tells none, and the text to be read.
+    """Return the class of each factor that a text tells, else its default or None, and the text to be read.
 
     The class of the first factor counts only where the text has no other words than names and `GLUE`, because
     the others change what is drawn; then nothing is left to be read. "A cat in noto style" is the class "cat"
@@ -180,7 +180,7 @@ def classes_told(prompt: str, factors: Sequence[ClassNames]) -> tuple[tuple[int 
     for factor in factors:
         found = factor.found_in(prompt)
         only = found is not None and len(found[1]) == 1
-        told.append(found[1][0] if found and only else None)
+        told.append(found[1][0] if found and only else factor.default)
         named = words(found[0]) if found and only else ()
         left = [word for word in left if word not in named]
     if told and not GLUE.issuperset(left):

@@ -255,8 +255,8 @@ class Manifest(StrictModel):
         bounds.check_provenance(self.provenance)
         if self.diffusion.clip_x0 and not pixels:
             raise ValueError(
-                f"field diffusion.clip_x0: must be false where the decoder is {self.decoder}: latents "
-                "lie beyond [-1, 1] too"
+                f"field diffusion.clip_x0: must be false where the decoder is {self.decoder}: latents lie "
+                "beyond [-1, 1] too; export the model again"
             )
         channels = {"diffusion.guidance_channels": self.diffusion.guidance_channels}
         if self.latents is not None:

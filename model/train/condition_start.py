@@ -53,11 +53,9 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
     rng = np.random.default_rng(seed)
     counts = [len(factor.classes) for factor in dataset.factors]
     # What is not labelled whole tells nothing of its classes.
-    index = dataset.training[(dataset.labels[dataset.training] < counts).all(1)]
+    index = labelled_examples(dataset, counts, rng)
     if not counts or not len(index):
         return
-    if len(index) > EXAMPLES:
-        index = np.sort(rng.choice(index, EXAMPLES, replace=False))
     chunks = [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
     pictures = np.concatenate([dataset.batch(chunk, rng) for chunk in chunks])  # (N, C, H, W)
     flat, labels = pictures.reshape(len(index), -1), dataset.labels[index]
@@ -82,6 +80,14 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
                 network.y_embedder.no_text[network.config.hidden_size :] = 0
             embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
             start_text(network.y_embedder.text, embeddings[:, : dataset.texts.size], np.asarray(told))
+
+
+def labelled_examples(
+    dataset: Dataset, counts: Sequence[int], rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Return training examples that have all of their labels: all, or as many as are looked at."""
+    index = dataset.training[(dataset.labels[dataset.training] < counts).all(1)]
+    return np.sort(rng.choice(index, EXAMPLES, replace=False)) if len(index) > EXAMPLES else index
 
 
 def class_means(
@@ -229,11 +235,9 @@ def start_readers(embedder: ConditionEmbedder, dataset: Dataset, *, seed: int) -
     starts at zero.
     """
     rng, counts = np.random.default_rng(seed), [len(factor.classes) for factor in dataset.factors]
-    index = dataset.training[(dataset.labels[dataset.training] < counts).all(1)]
+    index = labelled_examples(dataset, counts, rng)
     if dataset.texts is None or embedder.text is None or not len(index):
         return
-    if len(index) > EXAMPLES:
-        index = np.sort(rng.choice(index, EXAMPLES, replace=False))
     chunks = [index[first : first + CHUNK] for _ in range(DRAWS) for first in range(0, len(index), CHUNK)]
     texts = np.concatenate([dataset.texts.draw(chunk, rng)[:, : dataset.texts.size] for chunk in chunks])
     labels = dataset.labels[np.concatenate(chunks)]

@@ -196,6 +196,11 @@ class TrainConfig(RunConfig):
         balance = self.model.get("routing") == "token_choice" if self.balance is None else self.balance
         if self.compile and self.model.get("experts") and balance:
             raise ValueError("compile hides the routers that the balance of experts reads: leave out compile")
+        if self.mean_of_others and (self.model.get("mean_maps", 1) < 2 or self.parallel.pipeline > 1):
+            raise ValueError(
+                "mean_of_others needs maps to choose among and no pipeline: set model.mean_maps and leave "
+                "parallel.pipeline out, or leave mean_of_others out"
+            )
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
         if isinstance(self.distillation, ProgressiveDistillationConfig):
@@ -310,11 +315,6 @@ class TrainConfig(RunConfig):
                 raise ValueError(
                     f"model.{field} is {self.model[field]}, but {value} by the data: leave it out"
                 )
-        if self.mean_of_others and (self.model.get("mean_maps", 1) < 2 or self.parallel.pipeline > 1):
-            raise ValueError(
-                "mean_of_others needs maps to choose among and no pipeline: set model.mean_maps and leave "
-                "parallel.pipeline out, or leave mean_of_others out"
-            )
         if self.model.get("mean_rank") and self.condition_start is None and self.start is None:
             raise ValueError("model.mean_rank is measured from the pictures: set condition_start=data")
         if len(set(sizes)) > 1:

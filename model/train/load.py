@@ -121,12 +121,12 @@ def read_run_config(source: Path) -> TrainConfig:
 
 
 def _open_dataset(config: TrainConfig, data: Path | None) -> Dataset:
+    of_latents = (config.data.path / INDEX).is_file()
+    if data is not None and of_latents and not (data / INDEX).is_file():
+        # The pictures that a run's latents were made of have another size than these.
+        data = None
     try:
-        dataset = config.open_dataset(data)
-        if (config.data.path / INDEX).is_file() and not isinstance(dataset, Latents):
-            # The pictures that a run's latents were made of have another size than these.
-            dataset = config.open_dataset()
-        return dataset
+        return config.open_dataset(data)
     except DataError as error:
         raise LoadError(f"sizes and class names come from the training pictures, and {error}") from None
 

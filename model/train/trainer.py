@@ -110,7 +110,7 @@ class Trainer:
             nn.init.normal_(table.get_parameter("weight"), std=config.label_std)
         if config.start is not None and not checkpoints(self.checkpoints):
             self.warm_start = warm_start(model, self.dataset.factors, config.start)
-            if "y_embedder.readers.0.weight" in self.warm_start.fresh:
+            if "y_embedder.readers.0.weight" in self.warm_start.fresh and config.condition_start is None:
                 start_readers(model.y_embedder, self.dataset, seed=config.seed)
         if config.condition_start == "data" and not checkpoints(self.checkpoints):
             start_conditions(model, self.dataset, std=config.label_std, seed=config.seed)

@@ -157,7 +157,10 @@ def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
     Raises:
         UnknownCondition: the prompt names no class of the model's first factor.
     """
-    factors = [Factor(**factor) for factor in model["factors"]]
+    # Fields of a later release are left alone.
+    factors = [
+        Factor(**{name: factor.get(name) for name in Factor.model_fields}) for factor in model["factors"]
+    ]
     vocabulary = Vocabulary(factors)
     term = vocabulary.told(spell_pictographs(prompt)) if model["text"] else vocabulary.match(prompt)
     named = zip(factors, term.labels, strict=True)

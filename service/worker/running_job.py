@@ -260,7 +260,10 @@ def _steps(finished: Finished, job: Job) -> dict[str, Any]:
 
 
 def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
-    """Return a condition as a request writes it: of what is not the default, "not given" too."""
+    """Return a condition as a request writes it; text and weight only where they are not the default.
+
+    A class that was not given is null where leaving its factor out would mean the default class.
+    """
     classes = {
         factor.name: None if label is None else class_reference(factor, label)
         for factor, label in zip(factors, term.labels, strict=False)

@@ -38,7 +38,7 @@ def test_processes_share_one_batch(tmp_path: Path) -> None:
 
 
 def test_rows_with_the_mean_of_others_are_drawn_last(tmp_path: Path) -> None:
-    """What a run draws for the same step stays."""
+    """A run without such rows draws for a step what it drew before there were any."""
     model = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "mean_rank": 2, "mean_maps": 2}
     changes: dict[str, Any] = {"batch": 400, "condition_start": "data", "model": model}
     plain = source(tmp_path, **changes).make(0)
