@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditserve.commands import command_line
 from ditserve.export.errors import ExportError
+from ditserve.export.shared_weights import leave_out_shared
 from ditserve.export.verify import open_session, run
 from ditserve.model.spec.bundle import (
     BACKBONE,
@@ -57,6 +58,8 @@ def add_backbone(folder: Path, name: str, source: Path) -> BackboneSpec:
     """
     bundle, other = Bundle.open(folder), Bundle.open(source)
     check_apart(folder, source)
+    if other.shared_weights:
+        raise ExportError(f"{source} shares weights with {other.whole}: name the bundle that it was made of")
     _check_alike(bundle.manifest, other.manifest, source)
     manifest = other.manifest
     spec = BackboneSpec(
@@ -70,13 +73,14 @@ def add_backbone(folder: Path, name: str, source: Path) -> BackboneSpec:
         provenance=manifest.provenance,
         metrics=manifest.metrics,
     )
-    backbones = {**bundle.manifest.backbones, name: spec}
     with revision(folder) as scratch:
         place = scratch / BACKBONES / name
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         for file in COPIED & manifest.files.keys():
-            shutil.copy2(other.path / file, place / file)
+            shutil.copy2(other.file(file), place / file)
+        spec = spec.model_copy(update={"shared_weights": leave_out_shared(place, scratch)})
+        backbones = {**bundle.manifest.backbones, name: spec}
         write_manifest(scratch, bundle.manifest.with_backbones(backbones))
     return spec
 

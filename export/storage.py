@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from ditserve.export.errors import ExportError
-from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, WEIGHTS
+from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, WEIGHTS, write_atomic
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
 # The most bytes of a graph's own tensors that stay in it: 1.5 GiB leaves room for its nodes below 2 GiB.
@@ -39,14 +39,21 @@ Key = tuple[bytes, tuple[int, ...]]  # digest and shape of a tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _StoredTensor:
-    """A tensor in a file of weights: that file, ONNX type, shape, and its range of bytes."""
+class StoredTensor:
+    """A tensor in a file of weights: that file, its name, ONNX type, shape, and its range of bytes."""
 
     file: Path
+    name: str
     type: int
     shape: tuple[int, ...]
     offset: int
     length: int
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -56,15 +63,11 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
         ExportError: a weight does not fit in `dtype`.
     """
     kind = {torch.float32: "F32", torch.float16: "F16"}[dtype]
-    entries, end = {}, 0
-    for name, tensor in weights.items():
-        begin, end = end, end + tensor.numel() * dtype.itemsize
-        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in weights.items()}
+    header = _header({name: (kind, tensor.shape, sizes[name]) for name, tensor in weights.items()})
     # One tensor after the other: a second copy of all would be alive for a moment.
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(header)
         for name, tensor in weights.items():
             stored = tensor.detach().to(dtype).contiguous()
             if not torch.isfinite(stored).all():
@@ -74,6 +77,24 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
                 )
             file.write(stored.numpy().data)
     path.chmod(0o644)
+
+
+def write_stored(path: Path, tensors: Sequence[StoredTensor]) -> None:
+    """Write `tensors`, which may be of the file `path` itself, to it."""
+    kinds = {int(value): kind for kind, value in STORED.items()}
+    header = _header({each.name: (kinds[each.type], each.shape, each.length) for each in tensors})
+    write_atomic(path, header + b"".join(each.read() for each in tensors))
+
+
+def _header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+    """Return the head of a safetensors file of tensors, given by name: dtype, shape, and bytes."""
+    entries, end = {}, 0
+    for name, (kind, shape, size) in tensors.items():
+        begin, end = end, end + size
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header
 
 
 def take_tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
@@ -121,7 +142,7 @@ def share_weights(
     An initializer is replaced if it equals a stored tensor or its transpose. The graph must then be saved in
     the folder of the bundle. `taken` has the values of placeholders; given, only these are replaced.
     """
-    tables: dict[int, dict[Key, tuple[_StoredTensor, bool]]] = {}
+    tables: dict[int, dict[Key, tuple[StoredTensor, bool]]] = {}
     initializers: list[TensorProto] = []
     nodes: list[onnx.NodeProto] = []
     sought = [tensor for tensor in proto.graph.initializer if _is_sought(tensor, taken)]
@@ -182,9 +203,7 @@ def data_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def _restoring_nodes(
-    tensor: TensorProto, stored: _StoredTensor, transposed: bool
-) -> Iterator[onnx.NodeProto]:
+def _restoring_nodes(tensor: TensorProto, stored: StoredTensor, transposed: bool) -> Iterator[onnx.NodeProto]:
     """Yield the nodes that make `tensor` of what is stored: Transpose, Cast, both or none.
 
     Where both are there, the smaller tensor is transposed: a runtime that folds them holds both results.
@@ -201,7 +220,7 @@ def _restoring_nodes(
         )
 
 
-def _reference(name: str, stored: _StoredTensor, bundle: Path) -> TensorProto:
+def _reference(name: str, stored: StoredTensor, bundle: Path) -> TensorProto:
     location = stored.file.relative_to(bundle)
     tensor = TensorProto(
         name=name, data_type=stored.type, dims=stored.shape, data_location=TensorProto.EXTERNAL
@@ -220,14 +239,14 @@ def _is_sought(tensor: TensorProto, taken: Mapping[str, ir.TensorProtocol] | Non
 
 def _table(
     files: Iterable[Path], data_type: int, shapes: Collection[tuple[int, ...]]
-) -> dict[Key, tuple[_StoredTensor, bool]]:
+) -> dict[Key, tuple[StoredTensor, bool]]:
     """Return stored tensors by content as `data_type`, and whether that content is their transpose.
 
     Only those with the sorted dimensions of one of `shapes` are read.
     """
     dtype: Any = helper.tensor_dtype_to_np_dtype(data_type)
-    table: dict[Key, tuple[_StoredTensor, bool]] = {}
-    for stored in (tensor for file in files for tensor in _layout(file)):
+    table: dict[Key, tuple[StoredTensor, bool]] = {}
+    for stored in (tensor for file in files for tensor in stored_tensors(file)):
         if tuple(sorted(stored.shape)) not in shapes:
             continue
         stored_type: Any = helper.tensor_dtype_to_np_dtype(stored.type)
@@ -241,7 +260,7 @@ def _table(
     return table
 
 
-def _layout(weights: Path) -> Iterator[_StoredTensor]:
+def stored_tensors(weights: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a safetensors file, read from its header."""
     with weights.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -250,7 +269,7 @@ def _layout(weights: Path) -> Iterator[_StoredTensor]:
         if name != "__metadata__" and entry["dtype"] in STORED and entry["shape"]:
             begin, end = entry["data_offsets"]
             kind, shape = STORED[entry["dtype"]], tuple(entry["shape"])
-            yield _StoredTensor(weights, kind, shape, 8 + size + begin, end - begin)
+            yield StoredTensor(weights, name, kind, shape, 8 + size + begin, end - begin)
 
 
 def _key(value: npt.NDArray[Any]) -> Key:

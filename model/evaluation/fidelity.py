@@ -180,8 +180,9 @@ def within_radius(queries: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
 def _distances(queries: Tensor, references: Tensor) -> Iterator[Tensor]:
     """Yield distances (n, M) of chunks of queries.
 
-    They are computed in float64: rounding in the matrix product inside `cdist` would lose small distances.
+    They are computed in float64: rounding in the matrix product inside `cdist` would lose small distances. So
+    are references in chunks: whole pictures, in float64 and once more inside `cdist`, would take gigabytes.
     """
-    references = references.double()
     for chunk in queries.split(CHUNK):
-        yield torch.cdist(chunk.double(), references)
+        exact = chunk.double()
+        yield torch.cat([torch.cdist(exact, part.double()) for part in references.split(CHUNK)], dim=1)

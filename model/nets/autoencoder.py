@@ -22,7 +22,7 @@ from ditserve.model.nets.small_autoencoder import (
     SmallAutoencoder,
     load_small_autoencoder,
 )
-from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, digest
+from ditserve.model.spec.bundle import BACKBONES, PIPELINE, SMALL_AUTOENCODER, digest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import SD_SCALE, DecoderKind, LatentSpec, Manifest
 from ditserve.model.spec.pipeline_folder import VAE
@@ -226,8 +226,12 @@ def open_autoencoder(
 
 
 def autoencoder_folder(model: Path, given: Path | None) -> Path | None:
-    """Return `given`, or else the autoencoder in the bundle `model`: a pipeline's, or a small one."""
-    own = (model / PIPELINE / VAE, model / SMALL_AUTOENCODER)
+    """Return `given`, or else the autoencoder in the bundle `model`: a pipeline's, or a small one.
+
+    A further backbone has that of the bundle that it lies in.
+    """
+    bundle = model.parent.parent if model.parent.name == BACKBONES else model
+    own = (bundle / PIPELINE / VAE, bundle / SMALL_AUTOENCODER)
     return given or next((folder for folder in own if folder.is_dir()), None)
 
 

@@ -53,10 +53,23 @@ LARGEST_MANIFEST = 64 * 2**20  # bytes
 
 
 class Bundle:
-    """An opened bundle: a folder whose manifest is valid and whose files are those that it lists."""
+    """An opened bundle: a folder whose manifest is valid and whose files are those that it lists.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    Args:
+        whole: the folder of the bundle that this is a further backbone of; None: it is none.
+        shared_weights: names of the tensors that `weights.safetensors` of the whole has for this one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        whole: Path | None = None,
+        shared_weights: tuple[str, ...] = (),
+    ) -> None:
         self.path, self.manifest = path, manifest
+        self.whole, self.shared_weights = whole, shared_weights
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
@@ -73,7 +86,7 @@ class Bundle:
         source = root / MANIFEST
         whole = root.parent.parent
         if root.parent.name == BACKBONES and not source.is_file() and (whole / MANIFEST).is_file():
-            return cls.open(whole, verify=verify).backbone(root.name)
+            return cls.open(whole, verify=verify).backbone(root.name, decoder=True)
         if not source.is_file():
             raise BundleError(
                 f"{root} is not a bundle: {MANIFEST} is missing; "
@@ -105,10 +118,18 @@ class Bundle:
                 f"{self.path / name} is not part of this bundle: "
                 f"its manifest lists {', '.join(sorted(self.manifest.files))}; {self._command_for(name)}"
             )
-        return self.path / name
+        own = self.path / name
+        return own if self.whole is None or own.is_file() else self.whole / name
 
-    def backbone(self, name: str) -> Bundle:
-        """Return a further backbone as a bundle of its own, without a decoder.
+    def graph_folder(self, name: str) -> Path | None:
+        """Return the folder that a graph's references start from, where it is not the graph's own.
+
+        What computes the conditions of a further backbone may refer to weights of the whole.
+        """
+        return self.whole if self.shared_weights and name in (EMBEDDER, CONDITIONER) else None
+
+    def backbone(self, name: str, *, decoder: bool = False) -> Bundle:
+        """Return a further backbone as a bundle of its own; it has no decoder, or that of this bundle.
 
         Raises:
             BundleError: the bundle has none of this name.
@@ -118,6 +139,8 @@ class Bundle:
             raise BundleError(f"{self.path} has no backbone {name!r}: it has {known}")
         spec, folder = self.manifest.backbones[name], f"{BACKBONES}/{name}/"
         files = self.manifest.files.items()
+        own_files = {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)}
+        autoencoder = {file: entry for file, entry in files if decoder and _of_autoencoder(file)}
         own = {
             "name": f"{self.manifest.name}-{name}",
             "config": spec.config,
@@ -127,13 +150,14 @@ class Bundle:
             "metrics": spec.metrics,
             "defaults": spec.defaults,
             "guidance": spec.guidance,
-            "decoder": "identity",
+            "decoder": self.manifest.decoder if decoder else "identity",
             "backbones": {},
             "ladder": (),
             "golden": None,
-            "files": {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)},
+            "files": {**autoencoder, **own_files},
         }
-        return Bundle(self.path / folder, self.manifest.model_copy(update=own))
+        manifest = self.manifest.model_copy(update=own)
+        return Bundle(self.path / folder, manifest, whole=self.path, shared_weights=spec.shared_weights)
 
     def _command_for(self, name: str) -> str:
         if ".int8" in name:
@@ -141,6 +165,11 @@ class Bundle:
         if name.startswith("backbone.") and name != BACKBONE:
             return f"{command_line('export.half')} {self.path} adds it"
         return f"{command_line('export.onnx')} {self.path} --out {self.path} writes all graphs"
+
+
+def _of_autoencoder(file: str) -> bool:
+    graphs = {name for graph in (DECODER, ENCODER) for name in (graph, f"{graph}.data")}
+    return file in graphs or file.startswith(f"{SMALL_AUTOENCODER}/")
 
 
 def encodes_pictures(manifest: Manifest) -> bool:

@@ -136,7 +136,8 @@ class BackboneSpec(StrictModel):
 
     `row_cost` is the time of one of its rows, in rows of the bundle's own network. With `guidance` "none" it
     was distilled with guidance, and is never guided. `step_counts` are those that it was distilled for;
-    empty: any. `defaults` are how it draws by itself.
+    empty: any. `defaults` are how it draws by itself. `shared_weights` names the tensors that it does not
+    store, since the bundle's own network has the same.
     """
 
     config: BundleConfig
@@ -145,6 +146,7 @@ class BackboneSpec(StrictModel):
     row_cost: Annotated[float, Field(gt=0, le=1000)]
     guidance: Literal["classifier-free", "none"] = "classifier-free"
     step_counts: tuple[bounds.Steps, ...] = ()
+    shared_weights: Annotated[tuple[Label, ...], Field(max_length=10_000)] = ()
     defaults: Defaults
     provenance: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)

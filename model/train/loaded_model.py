@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import overload
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import NetworkConfig, own_config
 from ditserve.model.spec.unet_config import UNetConfig
 from ditserve.model.weights.official import WeightsError, check_weights
+from ditserve.model.weights.stored import load_weights
 
 
 class LoadError(ModelError):
@@ -90,7 +90,7 @@ def load_bundle(bundle: Bundle) -> LoadedModel:
     config = own_config(bundle.manifest.name, bundle.manifest.config)
     file = bundle.file(WEIGHTS)
     try:
-        return LoadedModel(build(config, load_file(file), file), bundle.manifest)
+        return LoadedModel(build(config, load_weights(bundle), file), bundle.manifest)
     except SafetensorError as error:
         raise LoadError(f"{file} is not a readable safetensors file: {error}") from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, bundle_name, write_atomic, write_manifest
@@ -24,6 +24,7 @@ from ditserve.model.weights.diffusers import to_diffusers
 from ditserve.model.weights.folders import DIFFUSERS_CONFIG, DIFFUSERS_NAME
 from ditserve.model.weights.imported import ImportedWeights
 from ditserve.model.weights.official import WeightsError, to_official
+from ditserve.model.weights.stored import load_weights
 
 
 def write_bundle(
@@ -96,7 +97,7 @@ def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
         WeightsError: the layout cannot hold the model.
         BundleError: the bundle has no weights.
     """
-    weights, config = load_file(bundle.file(WEIGHTS)), bundle.manifest.config
+    weights, config = load_weights(bundle), bundle.manifest.config
     if not isinstance(config, DiTConfig):
         raise WeightsError(f"{bundle.path} holds a U-Net: the layouts are those of a DiT")
     if layout == "official":

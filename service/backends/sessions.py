@@ -28,6 +28,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 # A provider, or a provider with its options.
 ProviderEntry = str | tuple[str, dict[str, str]]
 
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+SPINNING = "session.intra_op.allow_spinning"
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|failed to allocate|out of memory|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
@@ -37,7 +39,7 @@ def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
     """Return the options of a session: its compute threads, and no log below errors."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry(SPINNING, "1" if spin else "0")
     return options
 
 
@@ -63,13 +65,20 @@ def open_session(
         BackendUnavailable: it cannot be loaded, or ONNX Runtime would silently run it elsewhere.
         BundleError: the bundle lacks it.
     """
-    path = bundle.file(name)
+    path, folder = bundle.file(name), bundle.graph_folder(name)
+    if folder is not None:
+        # A graph that is opened by its path may not refer to weights outside its folder. The others keep
+        # their options: this entry would change what their own references mean.
+        spin = options.get_session_config_entry(SPINNING) == "1"
+        options = session_options(options.intra_op_num_threads, spin=spin)
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
     if providers[0] != CPU:
         # CUDA's libraries may be installed as packages, where the system's loader does not find them.
         ort.preload_dlls()
     try:
         with compact_heap():
-            session = ort.InferenceSession(path, options, providers=list(providers))
+            graph = path if folder is None else path.read_bytes()
+            session = ort.InferenceSession(graph, options, providers=list(providers))
     # The runtime's exceptions share no base class of their own.
     except Exception as error:
         raise BackendUnavailable(

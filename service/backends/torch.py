@@ -15,7 +15,6 @@ import numpy.typing as npt
 import structlog
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network, make_network
@@ -30,6 +29,7 @@ from ditserve.model.spec.network_config import NetworkConfig, size_multiples
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.weights.lora import AdapterError, adapter_base, read_adapter
+from ditserve.model.weights.stored import load_weights
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
@@ -152,7 +152,7 @@ class TorchBackend:
             )
         network, weights = make_network(config), bundle.file(WEIGHTS)
         try:
-            network.load_state_dict(load_file(weights))
+            network.load_state_dict(load_weights(bundle))
         except SafetensorError as error:
             raise BackendUnavailable(f"{weights} cannot be read: {error}") from None
         return network.eval().to(self._device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ditserve.export.backbone import add_backbone, main
@@ -17,6 +19,7 @@ from ditserve.model.spec.bundle import MANIFEST, Bundle, write_manifest
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import StretchSpec
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle, save_model
+from ditserve.service.backends import load_backend
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,3 +150,27 @@ def test_a_network_of_other_latents_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "is of another" in capsys.readouterr().err
     assert Bundle.open(folder).manifest.backbones == {}
     assert main([str(folder), "itself", str(folder)]) == 2
+
+
+def test_weights_that_both_have_are_stored_once(twins: Path, tmp_path: Path) -> None:
+    """All of a twin's weights but the backbone's own are left out, and it draws by itself from its folder."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(twins, folder)
+    bundle = Bundle.open(folder)
+    spec, twin = bundle.manifest.backbones["twin"], bundle.backbone("twin")
+    stored = bundle.manifest.files
+    assert "y_embedder.tables.0.weight" in spec.shared_weights
+    assert stored["backbones/twin/weights.safetensors"].bytes < stored["weights.safetensors"].bytes
+    for name, tensor in load_bundle(twin).network.state_dict().items():
+        assert tensor.equal(load_bundle(bundle).network.state_dict()[name]), name
+    alone = Bundle.open(folder / "backbones" / "twin")
+    labels, levels = np.array([[3, 1]]), np.array([0.5], np.float32)
+    noise = np.random.default_rng(0).standard_normal((1, 3, 32, 32), dtype=np.float32)
+    drawn = []
+    for each, backend in ((bundle, "onnx"), (twin, "onnx"), (alone, "onnx"), (alone, "torch")):
+        with closing(load_backend(backend, each, threads=1, precision="fp32")) as opened:
+            state = opened.modulate(levels, opened.embed(labels))
+            drawn.append(opened.decode(opened.denoise(noise, state)))
+    assert all(np.array_equal(drawn[0], other) for other in drawn[1:3])
+    assert np.abs(drawn[0].astype(int) - drawn[3]).max() <= 1
+    assert main([str(folder), "again", str(folder / "backbones" / "twin")]) == 2

@@ -45,17 +45,22 @@ class Teacher:
 
         `x` is (N, C, H, W) at noise levels `t` (N,), with labels (N, F) and text (N, text_width).
         """
-        null, row = null_labels(self.network.config, len(x), x.device), self.noise.at(t)
+        row = self.noise.at(t)
+        weights = torch.tensor(
+            [guidance_weight(self.scale, level, self.noise.schedule, self.interval) for level in t.tolist()],
+            device=x.device,
+        )
+        # As in serving, a row whose guidance is off at its level has no unconditional pass.
+        steered = torch.nonzero(weights != 1.0).flatten()
         with autocast(self.config.precision, self.config.device):
-            unconditional = self.network(x, row.told, null) if self.guided else None
-            output = self.network(x, row.told, labels, text)
-        if unconditional is not None:
-            weight = [
-                guidance_weight(self.scale, level, self.noise.schedule, self.interval) for level in t.tolist()
-            ]
-            weights = along_rows(torch.tensor(weight, device=x.device), x)
-            output = guided(output, unconditional, weights, self.channels or x.shape[1])
-        prediction: Tensor = output[:, : x.shape[1]].float()
+            output = self.network(x, row.told, labels, text).float()
+            if len(steered):
+                null = null_labels(self.network.config, len(steered), x.device)
+                unconditional = self.network(x[steered], row.told[steered], null).float()
+                conditional = output[steered]
+                weight = along_rows(weights[steered], x)
+                output[steered] = guided(conditional, unconditional, weight, self.channels or x.shape[1])
+        prediction: Tensor = output[:, : x.shape[1]]
         return row.image(x, prediction)
 
 
