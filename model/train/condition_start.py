@@ -24,6 +24,7 @@ from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.loss import TrainingNoise
+from ditserve.model.train.missing_looks import complete_codes, fill_looks
 
 Floats = npt.NDArray[np.float64]
 
@@ -57,8 +58,7 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
     if not counts or not len(index):
         return
     chunks = [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
-    pictures = np.concatenate([dataset.batch(chunk, rng) for chunk in chunks])  # (N, C, H, W)
-    flat, labels = pictures.reshape(len(index), -1), dataset.labels[index]
+    flat, labels = read_pictures(dataset, chunks, rng), dataset.labels[index]
     mean = network.conditional_mean if isinstance(network, DiT) else None
     with torch.no_grad():
         codes = encode_means(class_means(flat, labels, counts), network.config.hidden_size, std)
@@ -80,6 +80,41 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
                 network.y_embedder.no_text[network.config.hidden_size :] = 0
             embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
             start_text(network.y_embedder.text, embeddings[:, : dataset.texts.size], np.asarray(told))
+
+
+def complete_conditions(network: Network, dataset: Dataset, *, seed: int) -> None:
+    """Let the classes of a trained conditional mean tell what they look like in maps that lack them.
+
+    See `model.train.missing_looks`. Nothing else of the network changes.
+
+    Raises:
+        ValueError: the network has no mean of several maps, or no labels choose among them.
+    """
+    mean = network.conditional_mean if isinstance(network, DiT) else None
+    counts = [len(factor.classes) for factor in dataset.factors]
+    coded, gated = factors_of_mean(counts, 0 if mean is None else mean.maps)
+    if not isinstance(network, DiT) or gated is None:
+        raise ValueError(
+            "condition_start: missing is for a model with mean_maps that a label chooses: leave it out"
+        )
+    rng = np.random.default_rng(seed)
+    index = labelled_examples(dataset, counts, rng)
+    chunks = [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
+    flat, labels = read_pictures(dataset, chunks, rng), dataset.labels[index]
+    gate, shape = labels[:, gated], (counts[coded], counts[gated])
+    centre = flat.mean(0, dtype=np.float64)
+    offsets = class_means(flat, gate[:, None], [counts[gated]])[0]
+    looks, shown = looks_in_maps(flat - centre - offsets[gate], labels[:, coded], gate, shape)
+    with torch.no_grad():
+        complete_codes(network, looks, shown, centre + offsets, (coded, gated))
+
+
+def read_pictures(
+    dataset: Dataset, chunks: Sequence[npt.NDArray[np.int64]], rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    """Return the pictures of examples, given in chunks, as rows (N, C·H·W)."""
+    pictures = np.concatenate([dataset.batch(chunk, rng) for chunk in chunks])
+    return pictures.reshape(len(pictures), -1)
 
 
 def labelled_examples(
@@ -144,19 +179,19 @@ def start_mean(
     """Set a conditional mean to that of pictures (N, L); return what its conditions tell.
 
     The factor of most classes has codes, and another, of as many classes as there are maps or fewer, chooses
-    among the maps: each is the linear one from the codes to the pictures of its class. A class of pictures
-    that are not there looks in a map like its mean over the others. Null classes choose all maps alike, and
+    among the maps: each is the linear one from the codes to the pictures of its class. A class that a map
+    lacks looks there as in the map most like it. Null classes choose all maps alike, and
     tell the offset alone. Where several factors are left, the codes tell nothing of them.
     """
     maps, rows, length = mean.basis.shape
-    coded = int(np.argmax(counts))
-    fitting = [k for k in range(len(counts)) if k != coded and counts[k] <= maps and maps > 1]
-    gated = max(fitting, key=lambda factor: counts[factor], default=None)
+    coded, gated = factors_of_mean(counts, maps)
     gate = np.zeros(len(pictures), np.int64) if gated is None else labels[:, gated]
     used = 1 if gated is None else counts[gated]
     centre = pictures.mean(0, dtype=np.float64)
     offsets = class_means(pictures, gate[:, None], [used])[0]
-    looks = looks_in_maps(pictures - centre - offsets[gate], labels[:, coded], gate, (counts[coded], used))
+    looks = fill_looks(
+        *looks_in_maps(pictures - centre - offsets[gate], labels[:, coded], gate, (counts[coded], used))
+    )
     left, values, right = np.linalg.svd(looks.reshape(counts[coded], -1), full_matrices=False)
     kept = min(rows - 1, len(values))
     scale = np.maximum(values[:kept], 1e-9 * values[0]) ** (1 + 2 * WHITENING)
@@ -176,19 +211,25 @@ def start_mean(
     return MeanTables(codes, tables)
 
 
+def factors_of_mean(counts: Sequence[int], maps: int) -> tuple[int, int | None]:
+    """Return the factor of the codes, which has most classes, and the one that chooses among maps, if any."""
+    coded = int(np.argmax(counts))
+    fitting = [k for k in range(len(counts)) if k != coded and counts[k] <= maps and maps > 1]
+    return coded, max(fitting, key=lambda factor: counts[factor], default=None)
+
+
 def looks_in_maps(
     pictures: Floats, classes: npt.NDArray[np.int64], maps: npt.NDArray[np.int64], counts: tuple[int, int]
-) -> Floats:
-    """Return the mean of the pictures (N, L) of each class in each map, (classes, maps, L).
+) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Return the mean of the pictures (N, L) of each class in each map, (classes, maps, L), and where it is.
 
-    Where a class has none in a map, it is the mean of the class over all maps.
+    Where a class has no picture in a map, it is zero.
     """
     cells, shape = classes * counts[1] + maps, (counts[0] * counts[1], pictures.shape[1])
     looks, shown = np.zeros(shape), np.bincount(cells, minlength=shape[0])[:, None]
     np.add.at(looks, cells, pictures)
     looks /= np.maximum(shown, 1)
-    of_class = class_means(pictures, classes[:, None], counts[:1])[0].repeat(counts[1], axis=0)
-    return np.where(shown > 0, looks, of_class).reshape(*counts, -1)
+    return looks.reshape(*counts, -1), (shown > 0).reshape(counts)
 
 
 def start_scales(

@@ -99,10 +99,11 @@ class TrainConfig(RunConfig):
     label_std: Positive = 0.02
     """Standard deviation of the initial label tables: 0.02 in the paper; short runs learn faster from 0.3."""
 
-    condition_start: Literal["data"] | None = None
+    condition_start: Literal["data", "missing"] | None = None
     """"data": label tables and the text map start from the pictures (`model.train.condition_start`).
 
-    None: from random numbers, or from `init`."""
+    "missing": the conditional mean of `init` is completed by what pairs that no picture shows look like in
+    the style most like theirs. None: from random numbers, or from `init`."""
 
     mean_of_others: Rate | None = None
     """Share of the rows whose conditional mean is that of the other maps than their condition's.
@@ -174,6 +175,8 @@ class TrainConfig(RunConfig):
             )
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
+        if self.condition_start == "missing" and self.start is None:
+            raise ValueError("condition_start: missing completes the model that a run starts from: set init")
         if self.lora:
             for field in ("stages", "distillation", "compile", "embedding_l2", "condition_start"):
                 if getattr(self, field):

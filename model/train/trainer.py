@@ -26,7 +26,13 @@ from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
 from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
-from ditserve.model.train.condition_start import SCALED_ROWS, start_conditions, start_readers, start_scales
+from ditserve.model.train.condition_start import (
+    SCALED_ROWS,
+    complete_conditions,
+    start_conditions,
+    start_readers,
+    start_scales,
+)
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.objective import (
@@ -110,8 +116,10 @@ class Trainer:
             nn.init.normal_(table.get_parameter("weight"), std=config.label_std)
         if config.start is not None and not checkpoints(self.checkpoints):
             self.warm_start = warm_start(model, self.dataset.factors, config.start)
-            if "y_embedder.readers.0.weight" in self.warm_start.fresh and config.condition_start is None:
+            if "y_embedder.readers.0.weight" in self.warm_start.fresh and config.condition_start != "data":
                 start_readers(model.y_embedder, self.dataset, seed=config.seed)
+            if config.condition_start == "missing":
+                complete_conditions(model, self.dataset, seed=config.seed)
         if config.condition_start == "data" and not checkpoints(self.checkpoints):
             start_conditions(model, self.dataset, std=config.label_std, seed=config.seed)
             if isinstance(model, DiT) and model.conditional_mean is not None:

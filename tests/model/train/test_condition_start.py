@@ -23,6 +23,7 @@ from ditserve.model.train.condition_start import (
     start_text,
 )
 from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.missing_looks import complete_codes, fill_looks
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import tiny_config
 
@@ -149,6 +150,52 @@ def test_a_conditional_mean_starts_as_what_each_class_looks_like_in_each_map() -
     # Without a colour a shape is the mean of its colours, and without either it is that of all pictures.
     np.testing.assert_allclose(told(network, (4, 3))[0], LOOKS[4].mean(0), atol=0.1)
     np.testing.assert_allclose(told(network, (12, 3))[0], SHOWN.mean(0), atol=0.1)
+
+
+def test_a_pair_that_is_not_shown_looks_as_in_the_map_most_like_its_own() -> None:
+    looks = RNG.normal(size=(6, 3, 8))
+    looks[:, 2] = looks[:, 0] + 0.1 * RNG.normal(size=(6, 8))
+    shown = np.ones((6, 3), bool)
+    shown[4, 0] = shown[5, 0] = shown[5, 2] = shown[3] = False
+    filled = fill_looks(np.where(shown[:, :, None], looks, 0.0), shown)
+    np.testing.assert_array_equal(filled[4, 0], looks[4, 2])
+    # The most similar map lacks it as well.
+    np.testing.assert_array_equal(filled[5], looks[5, [1, 1, 1]])
+    assert not filled[3].any()
+    np.testing.assert_array_equal(filled[:3], looks[:3])
+
+
+def test_codes_are_completed_where_pictures_are_missing() -> None:
+    """Codes learned without a pair tell what its class looks like in another map; shown pairs stay."""
+    network, shown = started(maps=3), np.ones((12, 3), bool)
+    shown[11, 2] = False
+    offsets = np.stack([LOOKS[shown[:, colour], colour].mean(0) for colour in range(3)])
+    looks = np.where(shown[:, :, None], LOOKS - offsets, 0.0)
+    wanted = fill_looks(looks, shown)[11, 2] + offsets[2]
+    with torch.no_grad():
+        codes = network.y_embedder.tables[0].get_parameter("weight")
+        codes[11, -20:] += 0.02 * torch.from_numpy(RNG.normal(size=20))
+        pairs = [(shape, colour) for shape in range(12) for colour in range(3)][:-1]
+        before, seen = told(network, (11, 2))[0], told(network, *pairs)
+        assert complete_codes(network, looks, shown, offsets, (0, 1)) == 1
+    after = told(network, (11, 2))[0]
+    assert np.square(after - wanted).sum() < 0.5 * np.square(before - wanted).sum()
+    moved = np.square(told(network, *pairs) - seen).mean(1)
+    assert not moved[:-2].any()
+    assert moved.max() < 0.3 * seen.var()
+
+
+def test_completing_needs_maps_and_a_model_to_start_from(tmp_path: Path, bundle: Path) -> None:
+    config = tiny_config(tmp_path)
+    with pytest.raises(ValueError, match="missing completes the model that a run starts from: set init"):
+        TrainConfig.model_validate({**config.model_dump(), "condition_start": "missing"})
+    changes = {
+        "condition_start": "missing",
+        "init": str(bundle),
+        "model": {**config.model, "hidden_size": 32},
+    }
+    with pytest.raises(ValueError, match="missing is for a model with mean_maps that a label chooses"):
+        Trainer(TrainConfig.model_validate({**config.model_dump(), **changes}))
 
 
 def test_hidden_rows_are_told_the_mean_of_the_other_maps() -> None:
