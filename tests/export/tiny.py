@@ -85,7 +85,7 @@ def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> LoadedModel
         ),
         first_axis="frames" if len(config.image_size) == 3 else None,
         fps=8.0 if len(config.image_size) == 3 else None,
-        embedding_size=config.hidden_size,
+        embedding_size=config.embedding_size,
         state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
         defaults=DEFAULTS,
         ladder=(
