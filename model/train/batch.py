@@ -52,7 +52,7 @@ class TrainingBatch:
 
     @property
     def conditions(self) -> tuple[Tensor | None, ...]:
-        """What a network takes of the rows beside picture and level: labels, text, and frames if told any."""
+        """The arguments of a network after picture and level: labels, text, and frames if any are told."""
         frames = () if self.first_frame is None else (self.first_frame,)
         return (self.labels, self.text, *frames)
 

@@ -46,8 +46,9 @@ CONFIG = DiTConfig(
 
 
 CLIPS = replace(
-    CONFIG, image_size=(4, 16, 16), layout_rank=0, hidden_size=24, attention=("space", "time"), rope=True
-)
+    CONFIG, image_size=(4, 16, 16), layout_rank=0, hidden_size=24, attention=("space", "time"), rope=True,
+    first_frame=True,
+)  # fmt: skip
 
 
 def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
