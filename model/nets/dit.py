@@ -209,9 +209,8 @@ class DiT(nn.Module):
             state.append(tokens.unflatten(1, (self.config.text_tokens, d)))  # (N, S, D)
         if self.frame_embedder is not None:
             given = (frame != 0).any(dim=1)[:, None, None]  # (N, 1, 1)
-            state.append(
-                self.frame_embedder(frame.unflatten(1, self.config.frame_shape)) * given
-            )  # (N, P, D)
+            patches = self.frame_embedder(frame.unflatten(1, self.config.frame_shape))  # (N, P, D)
+            state.append(patches * given)
         return tuple(state)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
