@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,12 @@ from torch import Tensor
 from ditserve.commands import command_line
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
 from ditserve.model.sampling.prompt import random_conditions
 from ditserve.model.spec.grids import even_grid, noise_levels
+from ditserve.model.spec.network_config import frame_shape
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -34,44 +36,61 @@ Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → outp
 class CalibrationRows:
     """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_width) or None.
 
-    `timestep` is what the network is told of the noise level. A model that takes no text has None.
+    `timestep` is what the network is told of the noise level. A model that takes no text has None, and so for
+    `first_frame` (N, C, H, W), which is zeros in the rows that are told none.
     """
 
     x: Tensor
     timestep: Tensor
     labels: Tensor
     text: Tensor | None = None
+    first_frame: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by their names, without those that are None."""
+        fields = ((name, getattr(self, name)) for name in self.__slots__)
+        return {name: tensor for name, tensor in fields if tensor is not None}
+
     def at(self, index: Tensor) -> CalibrationRows:
         """Return the rows at `index`."""
-        text = None if self.text is None else self.text[index]
-        return CalibrationRows(self.x[index], self.timestep[index], self.labels[index], text)
+        return CalibrationRows(**{name: tensor[index] for name, tensor in self.tensors().items()})
+
+    def embedding(self, network: Network) -> Tensor:
+        """Return the condition embeddings (N, E) that `network` computes for the rows."""
+        embedding = network.embed(self.labels, self.text)
+        if self.first_frame is None or not isinstance(network, DiT):
+            return embedding
+        return network.tell_first_frame(embedding, self.first_frame)
 
     def state(self, network: Network) -> tuple[Tensor, ...]:
         """Return the condition state that `network` computes for the rows."""
-        return network.modulate(self.timestep, network.embed(self.labels, self.text))
+        return network.modulate(self.timestep, self.embedding(network))
 
     def with_null(self, config: NetworkConfig) -> CalibrationRows:
         """Return 2 N rows: these, then each again under the null condition."""
-        labels = torch.cat([self.labels, null_labels(config, len(self))])
-        text = None if self.text is None else torch.cat([self.text, torch.zeros_like(self.text)])
-        x, timestep = torch.cat([self.x, self.x]), torch.cat([self.timestep, self.timestep])
-        return CalibrationRows(x, timestep, labels, text)
+        # A first frame is told beside the null condition too.
+        under_null = {"labels": null_labels(config, len(self))}
+        under_null |= {} if self.text is None else {"text": torch.zeros_like(self.text)}
+        return CalibrationRows(
+            **{
+                name: torch.cat([tensor, under_null.get(name, tensor)])
+                for name, tensor in self.tensors().items()
+            }
+        )
 
     def digest(self) -> str:
         """Return the sha256 of all values. It names the set of rows that a scale or a score comes from."""
         sha = hashlib.sha256()
-        for tensor in (self.x, self.timestep, self.labels, *([] if self.text is None else [self.text])):
+        for tensor in self.tensors().values():
             sha.update(tensor.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the rows, x in half precision: its values must already be representable there."""
-        tensors = {"x": self.x.half(), "timestep": self.timestep, "labels": self.labels}
-        save_file(tensors if self.text is None else {**tensors, "text": self.text}, path)
+        save_file({**self.tensors(), "x": self.x.half()}, path)
         path.chmod(0o644)
 
     @classmethod
@@ -88,7 +107,7 @@ class CalibrationRows:
                 f"with {command_line('export.onnx')} {folder} --out {folder}"
             )
         tensors = load_file(path)
-        return cls(tensors["x"].float(), tensors["timestep"], tensors["labels"], tensors.get("text"))
+        return cls(**{**tensors, "x": tensors["x"].float()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,28 +125,24 @@ DEFAULT_TRAJECTORIES = TrajectorySettings()
 @torch.no_grad()
 def calibration_rows(source: LoadedModel, settings: TrajectorySettings) -> CalibrationRows:
     """Return every conditional row that the network sees on the trajectories; `with_null` adds the others."""
-    labels, text = _conditions(source, settings)
-    denoiser = _denoiser(source, labels, text)
+    conditions = _conditions(source, settings)
+    denoiser = _denoiser(source, conditions)
     steps: list[CalibrationRows] = []
 
     def network(x: Tensor, level: float) -> Tensor:
         told = torch.full((len(x),), float(source.schedule.told(level)))
-        steps.append(CalibrationRows(x.half().float(), told, labels, text))
+        steps.append(replace(conditions, x=x.half().float(), timestep=told))
         return denoiser(x, level)[:, : x.shape[1]]
 
     _sample(source, settings, network)
-    return CalibrationRows(
-        torch.cat([rows.x for rows in steps]),
-        torch.cat([rows.timestep for rows in steps]),
-        labels.repeat(len(steps), 1),
-        None if text is None else text.repeat(len(steps), 1),
-    )
+    names = conditions.tensors()
+    return CalibrationRows(**{name: torch.cat([rows.tensors()[name] for rows in steps]) for name in names})
 
 
 @torch.no_grad()
 def sample_pictures(source: LoadedModel, settings: TrajectorySettings) -> Tensor:
     """Return the finished samples (S, C, H, W) of the trajectories."""
-    denoiser = _denoiser(source, *_conditions(source, settings))
+    denoiser = _denoiser(source, _conditions(source, settings))
     return _sample(source, settings, lambda x, level: denoiser(x, level)[:, : x.shape[1]])
 
 
@@ -138,13 +153,19 @@ def with_backbone(source: LoadedModel, backbone: Backbone) -> LoadedModel:
     return LoadedModel(network, source.manifest)
 
 
-def _conditions(source: LoadedModel, settings: TrajectorySettings) -> tuple[Tensor, Tensor | None]:
-    random = np.random.Generator(np.random.Philox(key=[settings.seed, 1]))
-    return random_conditions(source.network.config, settings.samples, random)
+def _conditions(source: LoadedModel, settings: TrajectorySettings) -> CalibrationRows:
+    """Return the conditions of the samples, as rows of no step; every other clip is told a first frame."""
+    random, count = np.random.Generator(np.random.Philox(key=[settings.seed, 1])), settings.samples
+    labels, text = random_conditions(source.network.config, count, random)
+    frames = None
+    if any(shape := frame_shape(source.network.config)):
+        frames = torch.from_numpy(random.uniform(-1.0, 1.0, (count, *shape)).astype(np.float32))
+        frames[1::2] = 0.0
+    return CalibrationRows(torch.zeros(count), torch.zeros(count), labels, text, frames)
 
 
-def _denoiser(source: LoadedModel, labels: Tensor, text: Tensor | None) -> Denoiser:
-    embedding = source.network.embed(labels, text)
+def _denoiser(source: LoadedModel, conditions: CalibrationRows) -> Denoiser:
+    embedding = conditions.embedding(source.network)
     channels = source.manifest.diffusion.guidance_channels
     guidance = Guidance(source.manifest.defaults.guidance_scale, channels=channels)
     return Denoiser(source.network, source.schedule, Conditions((embedding,)), guidance)

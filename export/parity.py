@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,13 @@ def compare_rows(source: LoadedModel, rows: CalibrationRows, backbone: Backbone)
 class ExpectedOutputs:
     """The outputs of a model in torch on verification rows: by graph, and for rows of another size if it may.
 
-    `state` has the condition state by name, which is an output of the conditioner and an input of the
-    backbone. With these the weights in torch can be freed before a graph is opened.
+    `told` is `embedding` with the first frames of clips, which the conditioner takes. `state` has the
+    condition state by name, which is an output of the conditioner and an input of the backbone. With these
+    the weights in torch can be freed before a graph is opened.
     """
 
     embedding: Array
+    told: Array
     state: Mapping[str, Array]
     output: Array
     other: tuple[CalibrationRows, Mapping[str, Array], Array] | None
@@ -93,6 +95,7 @@ def expected_outputs(network: Network, rows: CalibrationRows) -> ExpectedOutputs
         other = others, _state(network, others), forward(network, others).numpy()
     return ExpectedOutputs(
         network.embed(rows.labels, rows.text).numpy(),
+        rows.embedding(network).numpy(),
         _state(network, rows),
         forward(network, rows).numpy(),
         other,
@@ -114,7 +117,7 @@ def verify_graphs(
     if conditions := _embedder_inputs(manifest, rows):
         actual = run(open_session(folder / EMBEDDER), conditions)["embedding"]
         bands[EMBEDDER] = _bands(manifest, rows, expected.embedding, actual)
-    conditioner_inputs = {"timestep": rows.timestep.numpy(), "embedding": expected.embedding}
+    conditioner_inputs = {"timestep": rows.timestep.numpy(), "embedding": expected.told}
     actual_state = run(open_session(folder / CONDITIONER), conditioner_inputs)
     bands[CONDITIONER] = _bands(manifest, rows, _flat(expected.state), _flat(actual_state))
     del actual_state
@@ -193,7 +196,7 @@ def _rows_of_another_size(rows: CalibrationRows, image_size: Size, multiples: Si
     size = [side + k * part for side, k, part in zip(image_size, times, multiples, strict=True)]
     four = rows.at(torch.linspace(0, len(rows) - 1, 4).long())
     x = torch.randn(4, rows.x.shape[1], *size, generator=torch.Generator().manual_seed(0))
-    return CalibrationRows(x, four.timestep, four.labels, four.text)
+    return replace(four, x=x)
 
 
 def _state(network: Network, rows: CalibrationRows) -> dict[str, Array]:

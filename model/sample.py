@@ -21,10 +21,11 @@ from typing import get_args
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditserve.commands import command_line
 from ditserve.model.nets.autoencoder import PictureAutoencoder, autoencoder_folder, open_decoder
+from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     PromptTerm,
@@ -57,7 +58,7 @@ from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.sizes import AXES, Size
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
-from ditserve.model.spec.source import walked_steps
+from ditserve.model.spec.source import SourceLatent, walked_steps
 from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.imported_pipeline import (
     encode_texts,
@@ -125,6 +126,8 @@ def sample(options: argparse.Namespace) -> Sheet:
             else:
                 subtracted = None if negative is None else negative.expand(part, -1)
                 conditions = Conditions((sheet.embeddings[start : start + part],), negative=subtracted)
+            if source is not None and not options.windows:
+                conditions = _told_first_frame(conditions, model, source)
             denoiser = kind(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(part)]
             clip = loaded.manifest.diffusion.clip_x0
@@ -138,6 +141,14 @@ def sample(options: argparse.Namespace) -> Sheet:
     captioned = sheet and partial(captioned_grid, columns=columns, captions=sheet.captions)
     draw = captioned or partial(picture_grid, columns=columns)
     return Sheet.of(np.concatenate(pixels), draw, loaded.manifest.fps)
+
+
+def _told_first_frame(conditions: Conditions, model: nn.Module, source: SourceLatent[Tensor]) -> Conditions:
+    """Return the conditions with the first frame that a source is, where the network can be told it."""
+    if source.mask is None or not isinstance(model, DiT):
+        return conditions
+    frame = source.latent[:, 0]
+    return conditions.begun(model, frame) if tuple(frame.shape) == model.config.frame_shape else conditions
 
 
 def _size(options: argparse.Namespace, own: Size) -> Size:

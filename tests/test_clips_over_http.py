@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -24,11 +25,13 @@ from PIL import Image, ImageSequence
 from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.ladder import LadderOptions
 from ditserve.export.onnx import ExportOptions, export_bundle
+from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.denoise import Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import combine_conditions
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
+from ditserve.model.spec.source import SourceLatent
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
 from ditserve.service.images import to_pixels
@@ -37,12 +40,13 @@ from tests.test_end_to_end import ROOT, Service, wait_until
 
 Pixels = npt.NDArray[np.uint8]
 STILL = replace(CONFIG, qk_norm=False, layout_rank=0, head_channels=0)
-CLIP = replace(STILL, image_size=(6, 16, 16), rope=True)
+CLIP = replace(STILL, image_size=(6, 16, 16), rope=True, first_frame=True)
+FIRST: Pixels = np.random.default_rng(2).integers(0, 256, (16, 16, 3)).astype(np.uint8)
 BODY = {"model": "clips", "condition": {"label": "star"}, "seed": 5, "steps": 6, "guidance_scale": 3.0}
 
 
 def export(folder: Path, config: DiTConfig, **manifest: Any) -> Path:
-    described = tiny_source(STILL).manifest.model_copy(update={"config": config, **manifest})
+    described = tiny_source(config).manifest.model_copy(update=manifest)
     checked = type(described).model_validate(described.model_dump())
     options = ExportOptions(
         weights="fp32",
@@ -57,7 +61,7 @@ def export(folder: Path, config: DiTConfig, **manifest: Any) -> Path:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "bundle"
-    return export(folder, CLIP, name="clips", first_axis="frames", fps=8.0)
+    return export(folder, CLIP, name="clips")
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +87,27 @@ def frames_of(data: bytes) -> tuple[Pixels, int]:
     return np.stack([pixels for pixels, _ in frames]), round(sum(duration for _, duration in frames))
 
 
+def data_url(pixels: Pixels) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 @torch.no_grad()
-def expected(bundle: Path) -> Pixels:
-    """Return the frames that torch draws offline."""
+def expected(bundle: Path, first: Pixels | None = None) -> Pixels:
+    """Return the frames that torch draws offline, where the network is told `first` and it is put back."""
     model = load_model(bundle)
+    assert isinstance(model.network, DiT)
     embedding = model.network.embed(torch.tensor([[3, 2]]))
-    conditions = combine_conditions([embedding], [1.0], "linear", 1)
+    conditions, source = combine_conditions([embedding], [1.0], "linear", 1), None
+    if first is not None:
+        clip = torch.from_numpy(first).permute(2, 0, 1)[:, None].expand(-1, 6, -1, -1) / 127.5 - 1
+        source = SourceLatent(clip, (torch.arange(6) > 0).float()[None, :, None, None].expand(1, -1, 16, 16))
+        conditions = conditions.begun(model.network, clip[:, 0])
     denoiser = Denoiser(model.network, model.schedule, conditions, Guidance(3.0))
     defaults = model.manifest.defaults
     levels = noise_levels(defaults.grid, 6, model.schedule)
-    *_, x0 = denoise(denoiser, step_table(defaults.solver, levels, model.schedule), [5])
+    *_, x0 = denoise(denoiser, step_table(defaults.solver, levels, model.schedule), [5], source=source)
     frames: Pixels = to_pixels(x0.numpy())[0]
     return frames
 
@@ -107,6 +122,15 @@ def test_a_clip_is_served_as_it_is_sampled_offline(service: Service, bundle: Pat
     with av.open(io.BytesIO(drawn(service, "video/mp4", fps=12)), "r") as container:
         video = container.streams.video[0]
         assert (len(list(container.decode(video))), video.average_rate) == (6, Fraction(12))
+
+
+def test_a_network_that_is_told_a_first_frame_draws_what_follows_it(service: Service, bundle: Path) -> None:
+    given, _ = frames_of(drawn(service, "image/apng", image=data_url(FIRST)))
+    np.testing.assert_array_equal(given[0], FIRST)
+    assert np.abs(given.astype(int) - expected(bundle, FIRST)).max() <= 1
+    # Another picture of the same class and seed, right after it, begins another clip.
+    other, _ = frames_of(drawn(service, "image/apng", image=data_url(FIRST // 2)))
+    assert (given[1:] != other[1:]).mean() > 0.1
 
 
 def test_a_clip_may_be_longer_and_larger(service: Service) -> None:
@@ -133,7 +157,9 @@ def test_stills_are_drawn_beside_clips_and_keep_their_formats(service: Service) 
 
 
 def test_a_clip_is_drawn_again_where_its_worker_died_and_stills_go_on(service: Service) -> None:
-    long = {**BODY, "steps": 700, "frames": 24, "previews": 40, "format": "apng"}
+    long = {
+        **BODY, "steps": 700, "frames": 24, "previews": 40, "format": "apng", "image": data_url(FIRST)
+    }  # fmt: skip
     job = service.client.post("/generate", json=long, headers={"prefer": "respond-async"}).json()
     wait_until(lambda: state_of(service, job)["step"] > 0, "the first step", timeout_s=60)
     os.kill(worker_of(service, job), signal.SIGKILL)
@@ -143,6 +169,7 @@ def test_a_clip_is_drawn_again_where_its_worker_died_and_stills_go_on(service: S
     again, _ = frames_of(service.client.get(job["links"]["images"][0]).content)
     alone, _ = frames_of(drawn(service, "image/apng", **{**long, "previews": 0}))
     np.testing.assert_array_equal(again, alone)
+    np.testing.assert_array_equal(again[0], FIRST)
     events = service.client.get(job["links"]["events"]).text
     assert '"content_type":"image/webp"' in events
 

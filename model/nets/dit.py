@@ -4,7 +4,9 @@
     state     = dit.modulate(timestep, embedding)  # (N,), (N, D) → tensors to cache by both
     output    = dit.backbone(x, state)             # (N, C, H, W) → (N, C_out, H, W), the costly part
 
-With three axes, `x` is a batch of clips or volumes (N, C, F, H, W), and so is the output.
+With three axes, `x` is a batch of clips or volumes (N, C, F, H, W), and so is the output. With `first_frame`
+the condition may hold a clip's clean first frame: its tokens are added to those of every frame, place by
+place, as Stable Video Diffusion (Blattmann et al., arXiv:2311.15127, §4.3) joins it to every noisy frame.
 
 `dit(x, timestep, labels)` is these three calls and gives the same bits. N is the batch, F the number of label
 factors, D the hidden size, C the channels. The condition enters through one of four kinds of block:
@@ -73,6 +75,9 @@ class DiT(nn.Module):
         self.first_token = nn.Parameter(torch.zeros(1, d)) if config.text_tokens else None
         self.layout = LayoutPath(config.tokens, config.layout_rank, d) if config.layout_rank else None
         self.conditional_mean = ConditionalMean(config) if config.mean_rank else None
+        self.frame_embedder = (
+            PatchEmbed(config.patch[-2:], config.in_channels, d) if config.first_frame else None
+        )
         vectors = config.modulation_vectors(config.plan[0]) if config.shared_modulation else 0
         self.shared_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, vectors * d)) if vectors else None
         self.blocks = nn.ModuleList(map(Block, [config] * config.depth, config.plan, config.attention_plan))
@@ -115,7 +120,7 @@ class DiT(nn.Module):
             nn.init.zeros_(cast(Tensor, layer.bias))
 
     def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d | nn.Conv3d]:
-        """Yield the layers that start at zero: those of modulation, output, layout, head, text and splits."""
+        """Yield the layers that start at zero: modulation, output, layout, frame, head, text and splits."""
         yield self.final_layer.linear
         owners = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
         maps = [self.shared_modulation] if self.shared_modulation else [b.adaLN_modulation for b in owners]
@@ -125,6 +130,8 @@ class DiT(nn.Module):
             yield from (cast(ConditionGate, block.condition_gate).fc2 for block in self.blocks)
         if self.layout is not None:
             yield self.layout.coefficients
+        if self.frame_embedder is not None:
+            yield self.frame_embedder.proj
         if self.head is not None:
             yield self.head.conv2
         if self.config.text_tokens:
@@ -134,18 +141,35 @@ class DiT(nn.Module):
                 layer.linear for layer in self.levels.changes.values() if isinstance(layer, TokenSplit)
             )
 
-    def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
+    def embed(self, labels: Tensor, text: Tensor | None = None, first_frame: Tensor | None = None) -> Tensor:
         """Return the condition embedding (N, E) of labels (N, F) int64, column k in 0..classes[k].
 
         Label classes[k] is that factor's null class: "not given". `text` (N, text_width) holds sentence
         embeddings, and then the tokens of the sentences if the model has `text_tokens`; a row of zeros, or
-        None for the whole batch, means no text.
+        None for the whole batch, means no text. `first_frame` (N, C, H, W) holds clean frames, of clips that
+        begin with them; zeros, or None, mean none.
 
         Raises:
-            ValueError: labels or text of another shape, a label out of range, or text for a model that takes
-                none.
+            ValueError: labels, text or frames of another shape, a label out of range, or text or a frame for
+                a model that takes none.
         """
-        return cast(Tensor, self.y_embedder(labels, text))
+        embedding = cast(Tensor, self.y_embedder(labels, text))
+        if self.config.first_frame:
+            embedding = F.pad(embedding, (0, math.prod(self.config.frame_shape)))
+        return embedding if first_frame is None else self.tell_first_frame(embedding, first_frame)
+
+    def tell_first_frame(self, embedding: Tensor, first_frame: Tensor) -> Tensor:
+        """Return condition embeddings (N, E) with these first frames (N, C, H, W), or one (C, H, W) for all.
+
+        Raises:
+            ValueError: the network is told no first frame, or one of another shape.
+        """
+        shape = self.config.frame_shape
+        if not self.config.first_frame or tuple(first_frame.shape[-3:]) != shape:
+            takes = size_name(shape) if self.config.first_frame else "none: its first_frame is false"
+            raise ValueError(f"this model takes a first frame of {takes}, not {size_name(first_frame.shape)}")
+        told = first_frame.flatten(-3).expand(len(embedding), -1)  # (N, C·H·W)
+        return torch.cat([embedding[:, : -told.shape[1]], told], dim=1)
 
     def modulate(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
         """Return the condition state of timesteps (N,) and condition embeddings (N, E).
@@ -158,9 +182,8 @@ class DiT(nn.Module):
         """
         check_rows(timestep, embedding)
         d, of_mean = self.config.hidden_size, self.config.mean_size
-        embedding, told, tokens = torch.split(
-            embedding, [d, of_mean, embedding.shape[1] - d - of_mean], dim=1
-        )
+        of_text, of_frame = d * self.config.text_tokens, math.prod(self.config.frame_shape)
+        embedding, told, tokens, frame = torch.split(embedding, [d, of_mean, of_text, of_frame], dim=1)
         t = self.t_embedder(timestep)  # (N, D)
         c = t + embedding  # (N, D)
         source = c if self.shared_modulation is None else self.shared_modulation(c)
@@ -184,6 +207,10 @@ class DiT(nn.Module):
             state += mean[1:]  # (N, C, H, W), (N, 2)
         if self.config.text_tokens:
             state.append(tokens.unflatten(1, (self.config.text_tokens, d)))  # (N, S, D)
+        if self.frame_embedder is not None:
+            given = (frame != 0).any(dim=1)[:, None, None]  # (N, 1, 1)
+            patches = self.frame_embedder(frame.unflatten(1, self.config.frame_shape))  # (N, P, D)
+            state.append(patches * given)
         return tuple(state)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
@@ -204,6 +231,8 @@ class DiT(nn.Module):
         h: Tensor = self.x_embedder(x) + self.positions(grid).to(x.dtype)  # (N, T, D)
         if self.config.has_layout:
             h = h + named["layout"]
+        if self.config.first_frame:
+            h = h + self._of_first_frame(named["first_frame"], grid)
         h = torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
         return squares_apart(h, grid) if self.config.merge_tokens else h
 
@@ -231,15 +260,33 @@ class DiT(nn.Module):
         of_x, of_blocks = (along_rows(column, x) for column in named["output_scales"].unbind(1))
         return named["output_mean"] + of_x * x + of_blocks * out
 
+    def _of_first_frame(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Return the tokens (N, P, D) of the first frame for every frame of a grid, (N, T, D).
+
+        On a grid of other rows and columns, each token is the nearest one of the trained grid.
+        """
+        own = self.config.grid_size[-2:]
+        if self.symbolic_positions or grid[-2:] != own:
+            planes = tokens.transpose(1, 2).unflatten(2, own)  # (N, D, h, w)
+            tokens = F.interpolate(planes, grid[-2:]).flatten(2).transpose(1, 2)
+        return tokens[:, None].expand(-1, grid[0], -1, -1).flatten(1, 2)
+
     def _text(self, tokens: Tensor) -> Text:
         """Return the tokens that blocks attend to, and the mask of those that are not padding."""
         first = cast(Tensor, self.first_token).to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         tokens = torch.cat([first, tokens], dim=1)  # (N, 1 + S, D)
         return tokens, (tokens != 0).any(dim=2)[:, None, None, :]
 
-    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        text: Tensor | None = None,
+        first_frame: Tensor | None = None,
+    ) -> Tensor:
         """Return the output (N, C_out, H, W) for `x` (N, C, H, W), timesteps (N,) and labels (N, F)."""
-        return self.backbone(x, self.modulate(timestep, self.embed(labels, text)))
+        return self.backbone(x, self.modulate(timestep, self.embed(labels, text, first_frame)))
 
     def with_symbolic_positions(self) -> DiT:
         """Return this network, sharing its weights, for tracing a graph of any size.

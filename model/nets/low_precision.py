@@ -82,7 +82,14 @@ def lower_precision(network: DiT, precision: str) -> Backbone:
 def _of_conditioner(name: str) -> bool:
     """Return True for the modules that `modulate` and `embed` call."""
     first = name.partition(".")[0]
-    conditioner = ("t_embedder", "y_embedder", "layout", "conditional_mean", "shared_modulation")
+    conditioner = (
+        "t_embedder",
+        "y_embedder",
+        "layout",
+        "conditional_mean",
+        "frame_embedder",
+        "shared_modulation",
+    )
     return first in conditioner or "adaLN_modulation" in name
 
 

@@ -8,7 +8,7 @@ table = step_table("ddim", noise_levels("trailing", 20, schedule), schedule)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ditserve.model.nets.conditioner import null_labels
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.guidance import GuidanceNorm, check_guidance, guidance_weight, guided
@@ -78,6 +79,17 @@ class Conditions:
             )
         if self.how == "compose":
             normalised_weights(self.weights, len(self.embeddings))
+
+    def begun(self, network: DiT, first_frame: Tensor) -> Conditions:
+        """Return these conditions with the first frame (C, H, W) of every sample told.
+
+        What guidance subtracts is told it too, so that guidance is about the other conditions alone.
+        """
+        rows, negative = len(self.embeddings[0]), self.negative
+        if negative is None:
+            negative = network.embed(null_labels(network.config, rows, first_frame.device))
+        told = [network.tell_first_frame(embedding, first_frame) for embedding in self.embeddings]
+        return replace(self, embeddings=tuple(told), negative=network.tell_first_frame(negative, first_frame))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class DiTConfig:
         merge_tokens     the share of tokens that every block computes together with a like one
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
         mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
+        first_frame      a clip's first frame may be given, as tokens beside those of every frame
         base_size        the size whose tokens stand at positions 0, 1, 2 …; None: image_size
         shared_modulation  one map of the condition for all blocks, with offsets for each (adaLN-single)
         condition_gate   a gate in each block decides token by token how much the modulation acts
@@ -110,6 +111,7 @@ class DiTConfig:
     merge_tokens: float = 0.0
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    first_frame: bool = False
     base_size: Size | None = None
     shared_modulation: bool = False
     condition_gate: bool = False
@@ -201,6 +203,8 @@ class DiTConfig:
         if not isinstance(self.mean_rank, int) or self.mean_rank < 0:
             raise ValueError(f"mean_rank must be 0 (no mean picture) or positive, not {self.mean_rank}")
         check_counts(self, "mean_maps")
+        if self.first_frame and self.axes != 3:
+            raise ValueError("first_frame is for clips: give image_size three axes, or leave it out")
         if self.mean_maps > 1 and not self.mean_rank:
             raise ValueError("mean_maps is for mean_rank: set mean_rank, or leave it out")
         if self.mean_rank and self.learn_sigma:
@@ -380,8 +384,13 @@ class DiTConfig:
 
     @property
     def embedding_size(self) -> int:
-        """The numbers of a condition embedding: its own, those of its mean picture and its text."""
-        return self.hidden_size * (1 + self.text_tokens) + self.mean_size
+        """The numbers of a condition embedding: its own, of its mean picture, its text, its first frame."""
+        return self.hidden_size * (1 + self.text_tokens) + self.mean_size + math.prod(self.frame_shape)
+
+    @property
+    def frame_shape(self) -> Size:
+        """The shape (C, H, W) of a first frame that is given; (0,) of a network that is told none."""
+        return (self.in_channels, *self.image_size[-2:]) if self.first_frame else (0,)
 
     @property
     def mean_size(self) -> int:
@@ -413,6 +422,8 @@ class DiTConfig:
             tensors += [("output_mean", (self.in_channels, *self.image_size)), ("output_scales", (2,))]
         if self.text_tokens:
             tensors.append(("text", (self.text_tokens, self.hidden_size)))
+        if self.first_frame:
+            tensors.append(("first_frame", (math.prod(self.grid_size[-2:]), self.hidden_size)))
         return tuple(tensors)
 
 

@@ -120,7 +120,7 @@ def state_sources(config: BundleConfig, choice: Sequence[int]) -> tuple[int, ...
     shared = next(iter(by_tokens), 0)
     source = {f"block_{block}": choice[block] for block in modulated}
     source |= {"tokens": shared, "text": shared, "final": choice[-1], "layout": choice[0]}
-    source |= {"output_mean": choice[0], "output_scales": choice[0]}
+    source |= {"output_mean": choice[0], "output_scales": choice[0], "first_frame": choice[0]}
     return tuple(source[name] for name in names)
 
 

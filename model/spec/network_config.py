@@ -59,6 +59,11 @@ def negative_mark(config: BundleConfig) -> str:
     return NEGATIVE if plain else ""
 
 
+def frame_shape(config: BundleConfig) -> Size:
+    """Return the shape (C, H, W) of a first frame that the network can be told; (0,): it is told none."""
+    return config.frame_shape if isinstance(config, DiTConfig) else (0,)
+
+
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:
     """Return the configuration of JSON fields. `name` starts from a published size of the DiT.
 

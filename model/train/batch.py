@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import batch_indices
+from ditserve.model.nets.layers import along_rows
 from ditserve.model.spec.heap import memory_bytes
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_config import NetworkConfig, frame_shape
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.dropout import condition_dropout
 from ditserve.model.train.loss import draw_levels
@@ -37,7 +38,8 @@ class TrainingBatch:
     """The rows of a batch: pictures x0 (N, C, H, W) in model space, noise levels t (N,), and noise like x0.
 
     Levels are float64. The conditions are labels (N, F) and text (N, text_width), after dropout. The
-    conditional mean of rows `hidden` (N,) bool is that of other maps than their own.
+    conditional mean of rows `hidden` (N,) bool is that of other maps than their own. `first_frame` (N, C, H,
+    W) is the clean first frame of the rows that are told it, and zeros in the others.
     """
 
     x0: Tensor
@@ -46,6 +48,13 @@ class TrainingBatch:
     noise: Tensor
     text: Tensor | None = None
     hidden: Tensor | None = None
+    first_frame: Tensor | None = None
+
+    @property
+    def conditions(self) -> tuple[Tensor | None, ...]:
+        """The arguments of a network after picture and level: labels, text, and frames if any are told."""
+        frames = () if self.first_frame is None else (self.first_frame,)
+        return (self.labels, self.text, *frames)
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -62,10 +71,8 @@ class TrainingBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
-        text, hidden = (None if part is None else change(part) for part in (self.text, self.hidden))
-        return TrainingBatch(
-            change(self.x0), change(self.labels), change(self.t), change(self.noise), text, hidden
-        )
+        fields = ((name, getattr(self, name)) for name in self.__slots__)
+        return replace(self, **{name: change(part) for name, part in fields if part is not None})
 
 
 class BatchSource:
@@ -130,8 +137,13 @@ class BatchSource:
         hidden = None
         if config.mean_of_others:
             hidden = (torch.rand(config.batch, generator=generator) < config.mean_of_others)[rows]
+        first_frame = None
+        if any(frame_shape(self.network)):
+            rate = 0.5 if config.first_frame_given is None else config.first_frame_given
+            given = torch.rand(config.batch, generator=generator) < rate  # (B,)
+            first_frame = along_rows(given[rows], x0[:, :, 0]) * x0[:, :, 0]  # (N, C, H, W)
         text = None if text is None else text[rows]
-        return TrainingBatch(x0, labels[rows], t[rows], noise[rows], text, hidden)
+        return TrainingBatch(x0, labels[rows], t[rows], noise[rows], text, hidden, first_frame)
 
     def make_at_all_levels(self, step: int) -> TrainingBatch:
         """Make the same, at noise levels that are uniform over the trained range."""

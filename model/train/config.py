@@ -110,6 +110,11 @@ class TrainConfig(RunConfig):
 
     A pair of classes that no picture shows has no better one; so the network learns to draw from it."""
 
+    first_frame_given: Rate | None = None
+    """Share of the rows that are told the first frame of their clip, for a model with `first_frame`.
+
+    It is drawn apart from the dropout of labels and text. None: 0.5."""
+
     loss_space: Prediction | None = None
     """The quantity whose squared error is the loss, whatever the network predicts.
 
@@ -203,6 +208,14 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 "mean_of_others needs maps to choose among and no pipeline: set model.mean_maps and leave "
                 "parallel.pipeline out, or leave mean_of_others out"
+            )
+        first_frame = self.model.get("first_frame", False)
+        if self.first_frame_given is not None and not first_frame:
+            raise ValueError("first_frame_given needs model.first_frame: set it true, or leave this out")
+        if first_frame and (self.distillation or self.parallel.pipeline > 1):
+            raise ValueError(
+                "a model with first_frame is trained without distillation and pipeline: leave them out, or "
+                "model.first_frame"
             )
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
@@ -320,8 +333,11 @@ class TrainConfig(RunConfig):
                 )
         if self.model.get("mean_rank") and self.condition_start is None and self.start is None:
             raise ValueError("model.mean_rank is measured from the pictures: set condition_start=data")
+        if self.model.get("first_frame") and dataset.first_axis != "frames":
+            held = {None: "pictures", "depth": "volumes"}[dataset.first_axis]
+            raise ValueError(f"model.first_frame is for clips, and the data are {held}: leave it out")
         if len(set(sizes)) > 1:
-            for field in ("layout_rank", "mean_rank"):
+            for field in ("layout_rank", "mean_rank", "first_frame"):
                 if self.model.get(field):
                     raise ValueError(
                         f"model.{field} fixes the picture size: train without it, or without stages"

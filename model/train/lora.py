@@ -80,9 +80,9 @@ class AdaptedNetwork(nn.Module):
         """The network itself, whose layers add the terms."""
         return self._base[0]
 
-    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Return the output (N, C_out, H, W), as the network does, with the terms."""
-        output: Tensor = self.base(x, timestep, labels, text)
+    def forward(self, x: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        """Return the output (N, C_out, H, W), as the network does of these inputs, with the terms."""
+        output: Tensor = self.base(x, timestep, *conditions)
         return output
 
     def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:

@@ -212,7 +212,7 @@ class Trainer:
             means_of_others(self.state.model, batch.hidden),
             autocast(config.precision, config.device),
         ):
-            output = self.parallel.forward(x_t, noise.told, batch.labels, batch.text)
+            output = self.parallel.forward(x_t, noise.told, *batch.conditions)
         total, terms = self.loss_terms(batch, noise, x_t, output.float())
         if weight := config.balance_weight(self.network_config):
             terms["balance"] = balance_loss(scores, cast(DiTConfig, self.network_config).top_k)

@@ -15,9 +15,10 @@ from hashlib import blake2b
 import numpy as np
 
 from ditserve.model.spec.mixing import Combine, normalised_weights
+from ditserve.model.spec.network_config import frame_shape
 from ditserve.service.backends import Backend
 from ditserve.service.backends.adapters import RowUses
-from ditserve.service.engine.embedding_cache import Condition, EmbeddingCache
+from ditserve.service.engine.embedding_cache import Condition, EmbeddingCache, Floats
 from ditserve.service.engine.modulation_cache import ModulationCache
 from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
@@ -58,6 +59,7 @@ class ConditionCaches:
         texts: TextCache | None = None,
     ) -> None:
         self.texts, self._backend = texts, backend
+        self._frame_shape = frame_shape(backend.manifest.config)
         self.embeddings = EmbeddingCache(backend, texts, capacity=embedding_bytes)
         self.null = self.embeddings.null()
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
@@ -70,11 +72,13 @@ class ConditionCaches:
         negative_prompt: str = "",
         guidance_embedded: float | None = None,
         adapters: RowUses = (),
+        first_frame: Floats | None = None,
     ) -> Conditioning:
         """Return the conditions of a sample of these terms, combined as `how` says.
 
         `guidance_embedded` is the scale that the network is told, the last number of each condition. Of the
-        sample's `adapters` a condition holds those that change the conditioner.
+        sample's `adapters` a condition holds those that change the conditioner. A network that can be told a
+        `first_frame` (C, H, W) is told it, if it has the shape of its frames, in the unconditional rows too.
 
         Raises:
             InvalidRequest: as `EmbeddingCache.get`, or the network cannot follow so many layers.
@@ -83,19 +87,22 @@ class ConditionCaches:
             adapters = self._backend.adapters.of_conditioner(adapters) if self._backend.adapters else ()
         special = negative_prompt or adapters
         unconditional = self.embeddings.null(negative_prompt, adapters) if special else self.null
+        conditions: tuple[Condition, ...]
+        weights: tuple[float, ...] = (1.0,)
         if how == "compose":
             conditions = tuple(self.embeddings.alone(term, adapters) for term in terms)
-            if guidance_embedded is not None:
-                conditions = tuple(told_guidance(one, guidance_embedded) for one in conditions)
-            return Conditioning(conditions, _composition_weights(terms), unconditional)
-        if how == "layers":
-            one = self.embeddings.layered(terms, adapters)
-            self.modulations.sources(len(one.embeddings))  # a network that cannot is refused here
+            weights = _composition_weights(terms)
+        elif how == "layers":
+            conditions = (self.embeddings.layered(terms, adapters),)
+            self.modulations.sources(len(conditions[0].embeddings))  # a network that cannot is refused here
         else:
-            one = self.embeddings.get(terms, how, adapters)
+            conditions = (self.embeddings.get(terms, how, adapters),)
         if guidance_embedded is not None:
-            one = told_guidance(one, guidance_embedded)
-        return Conditioning((one,), (1.0,), unconditional)
+            conditions = tuple(told_guidance(one, guidance_embedded) for one in conditions)
+        if first_frame is not None and first_frame.shape == self._frame_shape:
+            conditions = tuple(told_first_frame(one, first_frame) for one in conditions)
+            unconditional = told_first_frame(unconditional, first_frame)
+        return Conditioning(conditions, weights, unconditional)
 
 
 def told_guidance(condition: Condition, scale: float) -> Condition:
@@ -104,6 +111,15 @@ def told_guidance(condition: Condition, scale: float) -> Condition:
     embeddings[:, -1] = scale
     told = np.float32(scale).tobytes()
     key = blake2b(condition.key + told, digest_size=16, person=b"guidance").digest()
+    return Condition(key, embeddings, condition.adapters)
+
+
+def told_first_frame(condition: Condition, frame: Floats) -> Condition:
+    """Return a condition of clips that begin with a frame (C, H, W): the last numbers of its embeddings."""
+    embeddings, told = condition.embeddings.copy(), np.ascontiguousarray(frame, np.float32)
+    embeddings[:, -told.size :] = told.ravel()
+    # The whole frame is in the key, so that no two pictures share a state.
+    key = blake2b(condition.key + told.tobytes(), digest_size=16, person=b"first frame").digest()
     return Condition(key, embeddings, condition.adapters)
 
 

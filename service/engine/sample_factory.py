@@ -112,12 +112,15 @@ class SampleFactory:
 
     def _conditioning(self, request: SampleRequest, backbone: str) -> Conditioning:
         """Return the conditions of a request for a backbone. Raises `InvalidRequest`."""
+        # A window shows a part of the frame, or none.
+        told = None if request.windows or request.source is None else request.source.latent
         return self._caches[backbone].conditioning(
             request.condition,
             request.mix,
             negative_prompt=request.negative_prompt,
             guidance_embedded=request.guidance_embedded,
             adapters=request.adapters,
+            first_frame=told,
         )
 
     def _add_conditionings(self, sample: Sample) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ditserve.model import sample
+from ditserve.model.nets.dit import DiT
+from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import GOLDEN, Bundle
 
 
@@ -59,6 +63,37 @@ def test_a_first_frame_stays(clip_bundle: Path, tmp_path: Path) -> None:
     assert all(colours[k] != colours[0] for k in (1, 2, 3))
     # A clip of the same frames is what a clip starts from.
     assert sample.main([*drawn, "--image", str(file), "--strength", "0.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], True),
+        (["--size", "6", "16", "16"], True),
+        (["--size", "4", "16", "32"], False),
+        (["--size", "6", "16", "16", "--windows"], False),
+    ],
+)
+def test_the_network_is_told_a_first_frame_of_its_own_size(
+    clip_bundle: Path,
+    tmp_path: Path,
+    options: list[str],
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frames, begun = [], Conditions.begun
+
+    def record(conditions: Conditions, network: DiT, frame: Tensor) -> Conditions:
+        frames.append(frame)
+        return begun(conditions, network, frame)
+
+    monkeypatch.setattr(Conditions, "begun", record)
+    first = tmp_path / "first.png"
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(first)
+    drawn = ["-c", "label=star", "--count", "1", "--steps", "1", "-o", str(tmp_path / "clip.webp")]
+    assert sample.main([str(clip_bundle), *drawn, "--image", str(first), *options]) == 0
+    assert len(frames) == told
+    assert all(torch.equal(frame[:, 0, 0], torch.tensor([1.0, -1.0, -1.0])) for frame in frames)
 
 
 @pytest.mark.parametrize(

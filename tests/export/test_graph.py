@@ -88,6 +88,9 @@ OPTIONS: dict[str, NetworkConfig] = {
     "clips, space and time": replace(
         PLAIN, image_size=(4, 8, 12), attention=("space", "time"), rope=True, head_channels=6
     ),
+    "clips that are told their first frame": replace(
+        PLAIN, image_size=(4, 8, 12), attention=("space", "time"), first_frame=True
+    ),
     "clips, local attention": replace(
         PLAIN,
         image_size=(4, 16, 16),

@@ -46,8 +46,9 @@ CONFIG = DiTConfig(
 
 
 CLIPS = replace(
-    CONFIG, image_size=(4, 16, 16), layout_rank=0, hidden_size=24, attention=("space", "time"), rope=True
-)
+    CONFIG, image_size=(4, 16, 16), layout_rank=0, hidden_size=24, attention=("space", "time"), rope=True,
+    first_frame=True,
+)  # fmt: skip
 
 
 def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
@@ -85,7 +86,7 @@ def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> LoadedModel
         ),
         first_axis="frames" if len(config.image_size) == 3 else None,
         fps=8.0 if len(config.image_size) == 3 else None,
-        embedding_size=config.hidden_size,
+        embedding_size=config.embedding_size,
         state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
         defaults=DEFAULTS,
         ladder=(

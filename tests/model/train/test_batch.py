@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,27 @@ def test_rows_with_the_mean_of_others_are_drawn_last(tmp_path: Path) -> None:
     assert torch.equal(half, apart.hidden[:200])
     with pytest.raises(ValueError, match="mean_of_others needs maps"):
         source(tmp_path, mean_of_others=0.25)
+
+
+def test_rows_that_are_told_their_first_frame_are_drawn_last(tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    clips = np.random.default_rng(0).integers(0, 256, (6, 4, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "clips.npz", x=clips, y=np.arange(6) % 2, names=np.array(["a", "b"]))
+    (tmp_path / "clips.json").write_text('{"licence": "CC0-1.0", "first_axis": "frames", "fps": 4}')
+    model = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    changes: dict[str, Any] = {"data": {"path": str(tmp_path / "clips.npz"), "hold_out": 0}, "batch": 200}
+    plain = source(tmp_path, **changes, model=model).make(0)
+    told = source(tmp_path, **changes, model={**model, "first_frame": True}, first_frame_given=0.25).make(0)
+    assert plain.first_frame is None
+    assert len(plain.conditions) == 2
+    assert equal(plain, told)
+    assert told.first_frame is not None
+    given = told.first_frame.flatten(1).any(dim=1)
+    assert float(given.float().mean()) == pytest.approx(0.25, abs=0.1)
+    assert torch.equal(told.first_frame[given], told.x0[given][:, :, 0])
+    half = next(told.split(2))
+    assert half.conditions[2] is not None
+    assert torch.equal(half.conditions[2], told.first_frame[:100])
 
 
 def test_after_a_roll_back_the_same_step_trains_on_something_else(tmp_path: Path) -> None:

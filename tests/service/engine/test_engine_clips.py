@@ -7,13 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.source import SourceLatent
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, InvalidRequest
+from ditserve.service.jobs import ConditionTerm
+from tests.service.conftest import EMBEDDING, FakeBackend, Floats
 from tests.service.engine.imitated_device import DeviceBackend
 from tests.service.engine.stepping import failed, finished, previews, recorded_shapes, reference, run
 
@@ -32,7 +36,24 @@ CLIP = DiTConfig(
 OWN, STILL, LONG = CLIP.image_size, (1, 4, 6), (10, 4, 6)
 
 
-PICTURE = np.random.default_rng(3).standard_normal((3, 4, 6)).astype(np.float32)
+PICTURE, OTHER = np.random.default_rng(3).standard_normal((2, 3, 4, 6)).astype(np.float32)
+
+
+class FrameBackend(FakeBackend):
+    """A network that is told first frames: the last numbers of an embedding, whose mean moves its output."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        size = EMBEDDING + self.manifest.config.in_channels * 4 * 6
+        self.manifest = self.manifest.model_copy(update={"embedding_size": size})
+
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
+        return np.pad(super().embed(labels, text), [(0, 0), (0, PICTURE.size)])
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        scale, shift = super().modulate(timesteps, embeddings[:, :EMBEDDING])
+        shift[:, 0] += embeddings[:, EMBEDDING:].reshape(-1, 3, 24).mean(2)
+        return scale, shift
 
 
 @pytest.fixture
@@ -44,6 +65,13 @@ def clips(make_backend: Make) -> Callable[..., Any]:
         return DeviceBackend(config=config, **options) if device else make_backend(config=config, **options)
 
     return make
+
+
+@pytest.fixture
+def telling(make_backend: Make) -> Callable[..., FrameBackend]:
+    """Give a function that makes the backend of a model of clips that is told first frames."""
+    config = replace(CLIP, classes=make_backend().manifest.config.classes, first_frame=True)
+    return lambda **options: FrameBackend(config=config, size_multiple=1, **options)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "ddpm"])
@@ -125,6 +153,77 @@ def test_a_clip_begins_with_the_picture_that_is_given(
     # A little strength moves little.
     still, moving = (np.abs(drawn[f"{k}-1/0"] - PICTURE[:, None]).mean() for k in rungs)
     assert still < moving
+
+
+@pytest.mark.parametrize("modulation_bytes", [0, 1 << 20])
+def test_told_frames_and_none_share_passes(
+    telling: Make, make_engine: Make, make_request: Make, modulation_bytes: int
+) -> None:
+    """Rows of equal seeds and classes: nothing but their first frame keeps them apart."""
+    requests = [
+        make_request("one/0", source=SourceLatent(PICTURE)),
+        make_request("other/0", source=SourceLatent(OTHER)),
+        make_request("none/0"),
+        make_request("again/0", source=SourceLatent(PICTURE.copy())),
+        make_request("long/0", size=LONG, source=SourceLatent(PICTURE)),
+        make_request("unguided/0", guidance_scale=1.0, source=SourceLatent(OTHER)),
+    ]
+    engine = make_engine(telling(), modulation_bytes=modulation_bytes)
+    together = finished(run(engine, requests))
+    for request in requests:
+        alone = finished(run(make_engine(telling(), modulation_bytes=modulation_bytes), [request]))
+        np.testing.assert_array_equal(together[request.id].latent, alone[request.id].latent)
+    one, other, none, again = (together[f"{name}/0"].latent for name in ("one", "other", "none", "again"))
+    np.testing.assert_array_equal(one, again)
+    assert min(np.abs(one - other)[:, 1:].max(), np.abs(one - none)[:, 1:].max()) > 1e-3
+    np.testing.assert_array_equal(one[:, 0], PICTURE)
+
+
+def test_a_frame_of_another_size_or_in_windows_is_put_back_alone(
+    telling: Make, clips: Make, make_engine: Make, make_request: Make
+) -> None:
+    wide = np.concatenate([PICTURE, OTHER], axis=2)
+    requests = [
+        make_request("wide/0", size=(5, 4, 12), source=SourceLatent(wide)),
+        make_request("windows/0", size=LONG, windows=True, source=SourceLatent(PICTURE)),
+    ]
+    drawn = finished(run(make_engine(telling()), requests))
+    expected = finished(run(make_engine(clips(size_multiple=1)), requests))
+    for name, sample in expected.items():
+        np.testing.assert_array_equal(drawn[name].latent, sample.latent)
+
+
+def test_a_clip_that_was_told_a_frame_goes_on_elsewhere(
+    telling: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    request = make_request("a/0", rung=make_rung(solver="ddpm", steps=6), source=SourceLatent(PICTURE))
+    whole = finished(run(make_engine(telling()), [request]))["a/0"].latent
+    first = make_engine(telling())
+    first.add(request)
+    for _ in range(3):
+        first.step()
+    snapshot = first.export("a/0")
+    assert snapshot is not None
+    second = make_engine(telling())
+    second.add(make_request("b/0", source=SourceLatent(OTHER)))
+    second.add(request, Snapshot.from_wire(snapshot.to_wire()))
+    np.testing.assert_array_equal(finished(run(second))["a/0"].latent, whole)
+
+
+@pytest.mark.parametrize("how", ["linear", "compose", "layers"])
+def test_a_frame_is_part_of_every_condition_and_of_its_key(telling: Make, how: Any) -> None:
+    caches = ConditionCaches(telling())
+    terms = [ConditionTerm((0,)), ConditionTerm((1,))] if how == "compose" else [ConditionTerm((0,))]
+    plain, told, other = (caches.conditioning(terms, how, first_frame=f) for f in (None, PICTURE, OTHER))
+    pairs = zip((*plain.conditions, plain.unconditional), (*told.conditions, told.unconditional), strict=True)
+    for before, after in pairs:
+        np.testing.assert_array_equal(after.embeddings[:, :EMBEDDING], before.embeddings[:, :EMBEDDING])
+        np.testing.assert_array_equal(after.embeddings[0, EMBEDDING:], PICTURE.ravel())
+        assert not before.embeddings[:, EMBEDDING:].any()
+    keys = {c.key for made in (plain, told, other) for c in (*made.conditions, made.unconditional)}
+    assert len(keys) == 3 * (len(terms) + 1)
+    assert caches.conditioning(terms, how, first_frame=PICTURE[:, :, :3]).conditions[0].key in keys
+    assert not caches.conditioning([ConditionTerm((None,))], first_frame=PICTURE).can_be_guided
 
 
 def test_clips_on_a_device_are_those_of_the_host(clips: Make, make_engine: Make, make_request: Make) -> None:
