@@ -267,6 +267,15 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """An event that the holder of a lease appends to the stream of its job."""
+
+    lease: Lease
+    kind: EventKind
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class JobEvent:
     """One entry of a job's event stream.
 

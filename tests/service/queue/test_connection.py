@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.fleet import WorkerState
-from ditserve.service.jobs import Job, JobResult
+from ditserve.service.jobs import Job, JobResult, Progress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.connection import ask, open_client
 from ditserve.service.queue.listener import Listener
@@ -33,7 +33,7 @@ async def live_through(broker: Broker, job: Job, result: JobResult) -> None:
     listener = Listener(broker)
     assert await broker.submit(job)
     (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
-    assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
+    assert await broker.progress(Progress(claim.lease, "step", {"step": 4, "steps": 8})) == [True]
     assert await broker.hand_back(claim.lease, checkpoint=b"half", step=4)
     (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
     assert claim.checkpoint == b"half"
