@@ -221,11 +221,12 @@ local function ended_by(job, state, owner, attempt)
   return job and job.state == state and job.owner == owner and job.attempt == tonumber(attempt)
 end
 
-local function enqueue(id, finish, rows)
+-- `flow` is that of a job that waits for its turn; it is empty for one that goes before its turn.
+local function enqueue(id, finish, rows, flow)
   redis.call('ZADD', QUEUE, finish, id)
   redis.call('ZADD', AGES, NOW, id)
   add(TOTALS, 'rows', rows)
-  redis.call('PUBLISH', PREFIX .. 'work', '')
+  redis.call('PUBLISH', PREFIX .. 'work', flow)
 end
 
 -- When the last job leaves, no flow is ahead or behind any more: the virtual clock starts anew.
@@ -246,7 +247,7 @@ end
 local function put_back(job)
   redis.call('ZREM', LEASES, job.id)
   redis.call('HSET', job_key(job.id), 'state', 'queued', 'returned_at', NOW)
-  enqueue(job.id, 0, job.rows)
+  enqueue(job.id, 0, job.rows, '')
 end
 
 -- Add `change` to the number of the caller's jobs that have not ended.

@@ -11,6 +11,7 @@ from ditserve.service.errors import JobExpired, JobLost
 from ditserve.service.fleet import WorkerState
 from ditserve.service.jobs import Job, JobEvent, JobResult, Lease, Progress
 from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.notifications import ANY_FLOW
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
@@ -40,13 +41,20 @@ async def test_status_counts_the_jobs_ahead(broker: Broker, make_job: MakeJob) -
 
 
 async def test_waiting_for_work_ends_when_work_comes(broker: Broker, make_job: MakeJob) -> None:
-    await broker.work.wait(5)  # the subscription stands
+    # Once the subscription stands, any job may have come before.
+    assert await broker.work.wait(5) == {ANY_FLOW}
     waiting = asyncio.create_task(broker.work.wait(30))
     await asyncio.sleep(0)
-    await broker.submit(make_job())
+    job = make_job()
+    await broker.submit(job)
     async with asyncio.timeout(5):
-        await waiting
-    await broker.work.wait(0.01)  # nothing new: the timeout ends it
+        assert await waiting == {job.flow}
+    assert await broker.work.wait(0.01) == {ANY_FLOW}  # nothing new: the timeout ends it
+    broker.work.notify()
+    assert await broker.work.wait(5) == frozenset()
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+    assert await broker.hand_back(claim.lease)
+    assert await broker.work.wait(5) == {ANY_FLOW}  # it goes before its turn
 
 
 async def test_events_resume_after_an_id_and_end(
