@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ditserve.service.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, to_wire
 from ditserve.service.jobs import Job, JobEvent, JobResult, Lease, Progress
+from ditserve.service.queue import connection
 from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
@@ -74,26 +76,25 @@ async def test_submitting_twice_queues_once(broker: Broker, make_job: MakeJob) -
 async def test_a_submit_whose_answer_is_lost_is_still_new(
     broker: Broker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lose_next_answer(broker, monkeypatch)
+    lose_next_answer(monkeypatch)
     job = make_job()
     assert await broker.submit(job)
     assert await claim_ids(broker) == [job.id]
 
 
-def lose_next_answer(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_next_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next script run on the server, and lose its answer."""
-    client = broker._scripts._client
-    evalsha = client.evalsha
+    command = connection.command
     lost: list[Any] = []
 
-    async def lossy(*args: Any) -> Any:
-        answer = await evalsha(*args)
+    async def lossy(client: Redis, *words: bytes | str | float) -> Any:
+        answer = await command(client, *words)
         if not lost:
             lost.append(answer)
             raise RedisTimeoutError("Timeout reading from socket")
         return answer
 
-    monkeypatch.setattr(client, "evalsha", lossy)
+    monkeypatch.setattr(connection, "command", lossy)
 
 
 async def test_the_queue_is_bounded_by_count(connect: Connect, make_job: MakeJob) -> None:
@@ -168,7 +169,7 @@ async def test_a_claim_whose_answer_is_lost_is_answered_again(
     jobs = [make_job() for _ in range(3)]
     for job in jobs:
         await broker.submit(job)
-    lose_next_answer(broker, monkeypatch)
+    lose_next_answer(monkeypatch)
     claims = await broker.claim("w1", models=["emoji"], max_samples=2)
     assert {claim.job.id for claim in claims} == {jobs[0].id, jobs[1].id}
     assert {claim.lease.attempt for claim in claims} == {1}
