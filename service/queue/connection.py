@@ -274,18 +274,36 @@ async def ask(
             raise told or error from None
 
 
-async def command(client: Redis, *words: bytes | str | float) -> Any:
-    """Return the answer to one command, which raises the errors of redis-py.
+async def commands(client: Redis, *batch: Sequence[bytes | str | float]) -> list[Any]:
+    """Return the answers to several commands, in one exchange; the answer may be the error of its command.
 
-    The client's own way there is twice as long: it may retry, and keeps its own record of every command.
+    The client's own way there is twice as long: it may retry, and keeps a record of every command.
+
+    Raises:
+        RedisError, OSError: the exchange failed.
     """
     pool = client.connection_pool
     connection = await pool.get_connection()
+    answers: list[Any] = []
     try:
-        await connection.send_command(*words)
-        return await connection.read_response()
+        packed = (part for words in batch for part in connection.pack_command(*words))
+        await connection.send_packed_command(b"".join(packed))
+        for _ in batch:
+            try:
+                answers.append(await connection.read_response())
+            except ResponseError as error:
+                answers.append(error)
     finally:
         await pool.release(connection)
+    return answers
+
+
+async def command(client: Redis, *words: bytes | str | float) -> Any:
+    """Return the answer to one command, or raise its error as `commands` does that of an exchange."""
+    (answer,) = await commands(client, words)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 async def _drop_idle(client: Redis) -> None:
