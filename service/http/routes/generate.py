@@ -17,11 +17,11 @@ from ditserve.service.http.operating_point import field_error
 from ditserve.service.http.request_headers import IDEMPOTENCY_KEY, PREFER, header_parameters
 from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.routes.jobs import describe, links
-from ditserve.service.http.routing import FORM, JSON
+from ditserve.service.http.routing import FORM, JSON, DirectRoute
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Submission
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _FILES = dict.fromkeys((*CONTENT_TYPES.values(), "multipart/mixed"), _BINARY)
