@@ -141,10 +141,13 @@ class Capacity:
         second. 50 steps that are due in 4 s leave 80 ms a pass. That is enough for 12 rows, so the worker
         counts for 150 rows a second.
         """
+        speeds = [speed.within(pass_s) for speed in self._speeds]
+        if speeds == self._speeds:
+            return self
         # `copy.copy` takes three times as long.
         capped = Capacity.__new__(Capacity)
         vars(capped).update(vars(self), _demand=self._demand)
-        capped._speeds = [speed.within(pass_s) for speed in self._speeds]
+        capped._speeds = speeds
         capped._stalls = list(map(_stalled_s, capped._speeds, self._silent))
         return capped
 
