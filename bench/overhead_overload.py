@@ -6,8 +6,8 @@
 The requests are those of `bench.promises`: guided images with deadlines, which come whatever became of the
 others, and half of which forbid fewer steps. The workers' network takes time but no processor
 (`bench.load.noop_worker`), so what each process spends is the cost of serving; for the workers also what
-their event loops spend, without the engine and the encoding of images. The default takes about 80 requests a
-second where about 20 can be drawn. Writes bench/results/overhead_overload.json.
+their event loops spend, without the engine and the encoding of images. By default 80 requests come in a
+second, where about 20 can be drawn; at `--rate 15` all are. Writes bench/results/overhead_overload.json.
 """
 
 from __future__ import annotations

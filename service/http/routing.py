@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from fastapi import Request
-from fastapi.routing import APIRoute
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 UNMATCHED = "unmatched"
 JSON, FORM = "application/json", "multipart/form-data"
-
-
-class DirectRoute(APIRoute):
-    """A route whose function takes the request and returns the response, and is called with nothing between.
-
-    FastAPI looks each time for arguments and for a model of the answer, and there are none of these.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        return self.endpoint
 
 
 def pattern(routes: Sequence[BaseRoute], scope: Scope) -> str:

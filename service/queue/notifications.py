@@ -18,9 +18,9 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from ditserve.service.jobs import ANY_FLOW
 from ditserve.service.queue.keys import Keys
 
-ANY_FLOW = ""  # in place of the flow of a job that a worker should look for whatever it holds
 PING_EVERY_S = 5.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.05, 2.0  # between attempts to connect
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from ditserve.service.queue.notifications import ANY_FLOW
+from ditserve.service.jobs import ANY_FLOW
 from ditserve.service.worker.running_job import RunningJob
 
 RESERVED_SAMPLES: Final = 16  # places beyond the look-ahead, for flows of which a worker holds few samples

@@ -21,12 +21,11 @@ from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.samples import Failed, Latent, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.formats import MediaKind
-from ditserve.service.jobs import Claim, Lease, Renewal
+from ditserve.service.jobs import ANY_FLOW, Claim, Lease, Renewal
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
-from ditserve.service.queue.notifications import ANY_FLOW
 from ditserve.service.signals import first
 from ditserve.service.source_picture import SourcePicture
 from ditserve.service.telemetry import metrics

@@ -9,9 +9,8 @@ import pytest
 
 from ditserve.service.errors import JobExpired, JobLost
 from ditserve.service.fleet import WorkerState
-from ditserve.service.jobs import Job, JobEvent, JobResult, Lease, Progress
+from ditserve.service.jobs import ANY_FLOW, Job, JobEvent, JobResult, Lease, Progress
 from ditserve.service.queue.broker import Broker
-from ditserve.service.queue.notifications import ANY_FLOW
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]

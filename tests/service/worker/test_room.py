@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import Claim, Job, Lease
+from ditserve.service.jobs import ANY_FLOW, Claim, Job, Lease
 from ditserve.service.planning.ladder import Ladder
-from ditserve.service.queue.notifications import ANY_FLOW
 from ditserve.service.worker.room import RESERVED_SAMPLES, Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob
 
