@@ -58,8 +58,13 @@ CLASSES = 5  # used in turn
 
 
 class NoopBackend:
-    """A backend that computes nothing: it answers with a slice of a constant, and with zeros."""
+    """A backend that computes nothing: it answers with a slice of a constant, and with zeros.
 
+    A forward pass waits for `pass_s` seconds, and for `row_s` a row, without a processor.
+    """
+
+    pass_s = 0.0
+    row_s = 0.0
     name = "none"
     precision = "fp32"
     kernels = ""
@@ -81,6 +86,8 @@ class NoopBackend:
         return tuple(np.zeros((len(timesteps), *tensor.shape), np.float32) for tensor in self.manifest.state)
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        if wait_s := self.pass_s + self.row_s * len(x):
+            time.sleep(wait_s)
         return self._output[: len(x)]
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:

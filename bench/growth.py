@@ -38,7 +38,7 @@ from ditserve.bench.simulate.scenario import (
     SimulatedCluster,
 )
 from ditserve.service.fleet import DemandBucket, LoadSnapshot, WorkerState
-from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
+from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult, Progress
 from ditserve.service.launch.valkey import scratch_folder, start_valkey
 from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker
@@ -164,7 +164,7 @@ async def queue_events(broker: Broker, depth: int, calls: int) -> list[EventTime
 
         await note("claim", claim)
         lease = claims[0].lease
-        await note("progress", partial(broker.progress, lease, "step", {"step": 1}))
+        await note("progress", partial(broker.progress, Progress(lease, "step", {"step": 1})))
         await note("renew", partial(broker.renew, [lease]))
         await note("finish", partial(broker.finish, lease, job_result("growth")))
     return [EventTime(event, depth, float(np.median(times))) for event, times in spent.items()]

@@ -115,10 +115,10 @@ async def running_echo() -> AsyncIterator[ServerProcesses]:
 
 
 @asynccontextmanager
-async def running_noop_service(bundle: Path, *, workers: int = 1) -> AsyncIterator[TestCluster]:
-    """Run the service with workers whose network computes nothing."""
+async def running_noop_service(bundle: Path, *pace: str, workers: int = 1) -> AsyncIterator[TestCluster]:
+    """Run the service with workers whose network computes nothing; `pace` are flags of `noop_worker`."""
     settings = Settings.parse([f"--bundle={bundle}", "--log-level=warning", "--no-verify"])
-    worker = ("ditserve.bench.load.noop_worker",)
+    worker = ("ditserve.bench.load.noop_worker", *pace)
     with scratch_folder() as name:
         folder = Path(name)
         async with running_cluster(

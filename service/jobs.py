@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.fleet import DemandBucket
@@ -29,6 +29,9 @@ WEIGHTS: Mapping[str, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 TERMINAL_STATES: frozenset[State] = frozenset({"done", "failed", "cancelled", "dead"})
 TERMINAL_EVENTS: frozenset[EventKind] = frozenset({"done", "failed", "cancelled"})
+
+# In place of the flow of a job that a worker should look for, whatever it holds.
+ANY_FLOW: Final = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +267,15 @@ class JobStatus:
     error: dict[str, Any] | None
     job: Job
     callback: CallbackStatus | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An event that the holder of a lease appends to the stream of its job."""
+
+    lease: Lease
+    kind: EventKind
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

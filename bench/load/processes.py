@@ -29,7 +29,16 @@ def resident_bytes(pid: int) -> int:
 
 def processor_seconds(pid: int) -> float:
     """Return the processor time that all threads of a process have used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return _used_seconds(Path(f"/proc/{pid}/stat"))
+
+
+def main_thread_seconds(pid: int) -> float:
+    """Return the processor time that the main thread of a process has used: in Python, its event loop."""
+    return _used_seconds(Path(f"/proc/{pid}/task/{pid}/stat"))
+
+
+def _used_seconds(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 

@@ -104,11 +104,12 @@ def admit(
     )
     options = (rung, *(ladder.below(rung, request.consent) if request.allow_degraded else ()))
     lowest = options[-1]
-    lowest_s, _ = outlook.on(lowest)
+    on_lowest = outlook.on(lowest)
+    lowest_s, _ = on_lowest
     for option in options:
         # The others have more rows than the lowest: where that is too late, so is each of as many steps.
         if lowest_s <= outlook.limit_s or option.walked < lowest.walked:
-            predicted_s, holds = outlook.on(option)
+            predicted_s, holds = on_lowest if option is lowest else outlook.on(option)
             if holds:
                 degraded = option != rung
                 return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
@@ -145,7 +146,8 @@ class _Outlook:
         """Return the predicted seconds on a rung, and whether all deadlines hold there."""
         rows, capacity = self._work(rung)
         shortest_s = capacity.time_in_every_batch(rows=rows, steps=rung.walked, samples=self.request.samples)
-        ahead_s = (self.queue_margin / self.margin - 1.0) * capacity.queue_drain_time(due=self.due)
+        excess = self.queue_margin / self.margin - 1.0
+        ahead_s = excess * capacity.queue_drain_time(due=self.due) if excess else 0.0
         queued_s = capacity.queue_drain_time(rows, due=self.due) + ahead_s + self.reserved_s
         predicted_s = max(shortest_s, queued_s)
         broken = capacity.breaks_later_deadline(rows, self.due, now=self.now, margin=self.queue_margin)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 from math import ceil, inf
 
@@ -94,6 +93,22 @@ class _Backlog:
         return self.rows_until[bisect_right(self.deadlines, at)]
 
 
+class _Demand:
+    """The claimed work of each worker and of all together, and the rows of the queue; see `Capacity`."""
+
+    def __init__(self, load: LoadSnapshot, *, recut: bool) -> None:
+        demands = [demand_of(worker) for worker in load.workers]
+        counted = [
+            [(bucket.at, bucket.floor_rows if recut else bucket.rows) for bucket in demand]
+            for demand in demands
+        ]
+        self.backlogs = list(map(_Backlog, counted))
+        self.whole = _Backlog(chain.from_iterable(counted))
+        claimed, floors = sum(bucket.rows for demand in demands for bucket in demand), self.whole.rows_until
+        # The queue has no floors of its own: it is taken to be as willing to be cut as the claimed work.
+        self.queued_rows = load.queued_rows * (floors[-1] / claimed if claimed else 1.0)
+
+
 class Capacity:
     """A load snapshot made ready for several questions.
 
@@ -110,16 +125,12 @@ class Capacity:
         ]
         self._silent = [load.taken_at - worker.updated_at + worker.last_step_age_s for worker in load.workers]
         self._stalls = list(map(_stalled_s, self._speeds, self._silent))
-        demands = [demand_of(worker) for worker in load.workers]
-        counted = [
-            [(bucket.at, bucket.floor_rows if recut else bucket.rows) for bucket in demand]
-            for demand in demands
-        ]
-        self._backlogs = list(map(_Backlog, counted))
-        self._whole = _Backlog(chain.from_iterable(counted))
-        claimed, floors = sum(bucket.rows for demand in demands for bucket in demand), self._whole.rows_until
-        # The queue has no floors of its own: it is taken to be as willing to be cut as the claimed work.
-        self._queued_rows = load.queued_rows * (floors[-1] / claimed if claimed else 1.0)
+        self._load, self._recut = load, recut
+
+    @cached_property
+    def _demand(self) -> _Demand:
+        # Not every question is about it, and it takes as long as the answer to one that is.
+        return _Demand(self._load, recut=self._recut)
 
     def in_passes_of(self, pass_s: float) -> Capacity:
         """Return the capacity in passes of up to `pass_s` seconds.
@@ -130,8 +141,13 @@ class Capacity:
         second. 50 steps that are due in 4 s leave 80 ms a pass. That is enough for 12 rows, so the worker
         counts for 150 rows a second.
         """
-        capped = copy(self)
-        capped._speeds = [speed.within(pass_s) for speed in self._speeds]
+        speeds = [speed.within(pass_s) for speed in self._speeds]
+        if speeds == self._speeds:
+            return self
+        # `copy.copy` takes three times as long.
+        capped = Capacity.__new__(Capacity)
+        vars(capped).update(vars(self), _demand=self._demand)
+        capped._speeds = speeds
         capped._stalls = list(map(_stalled_s, capped._speeds, self._silent))
         return capped
 
@@ -145,7 +161,7 @@ class Capacity:
         10 s to 20 s A alone does 50 rows. From then on both do the other 100, 10 rows a second: the queue is
         done after 30 s.
         """
-        waiting = self._queued_rows + extra_rows
+        waiting = self._demand.queued_rows + extra_rows
         rate, joined_at = 0.0, 0.0  # of the workers that have joined, and when the last of them did
         for backlog_s, rows_per_s in sorted(self._times(due)):
             absorbed = rate * (backlog_s - joined_at)
@@ -174,7 +190,7 @@ class Capacity:
         more rows due in 5 s would make 110 rows due in the 10 s in which 100 can be done: true. If 120 rows
         were due in 10 s anyway, that deadline could not hold without them either: false.
         """
-        whole, rows_per_s = self._whole, self._rows_per_s
+        whole, rows_per_s = self._demand.whole, self._rows_per_s
         for k in range(bisect_right(whole.deadlines, due), len(whole.deadlines)):
             at, demand = whole.deadlines[k], whole.rows_until[k + 1]
             room = (at - now) / margin * rows_per_s
@@ -202,7 +218,7 @@ class Capacity:
 
     def _times(self, due: float) -> Iterator[tuple[float, float]]:
         """Yield for each worker the seconds of its work that is due by `due`, and its rows a second."""
-        for speed, stalled_s, backlog in zip(self._speeds, self._stalls, self._backlogs, strict=True):
+        for speed, stalled_s, backlog in zip(self._speeds, self._stalls, self._demand.backlogs, strict=True):
             yield stalled_s + backlog.due_by(due) / speed.rows_per_s, speed.rows_per_s
 
 

@@ -162,7 +162,7 @@ class Keys:
 
     @property
     def work_channel(self) -> str:
-        """Channel: a job became available."""
+        """Channel: a job became available; the message is its flow, or empty if that does not matter."""
         return self.prefix + "work"
 
     @property

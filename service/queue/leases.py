@@ -21,7 +21,7 @@ from ditserve.service.errors import (
     WorkerLost,
     to_wire,
 )
-from ditserve.service.jobs import CallbackState, Claim, DueCallback, EventKind, Job, JobResult, Lease, Renewal
+from ditserve.service.jobs import CallbackState, Claim, DueCallback, Job, JobResult, Lease, Progress, Renewal
 from ditserve.service.limits import Limits
 from ditserve.service.queue.clock import SKEW_S, QueueClock
 from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, of_another_kind
@@ -134,16 +134,15 @@ class LeaseVerbs(Reads):
             cancelled=frozenset(lease.job_id for lease, verdict in pairs if verdict == CANCELLED),
         )
 
-    async def progress(self, lease: Lease, kind: EventKind, data: dict[str, Any]) -> bool:
-        """Append an event. Return False if the lease is lost.
+    async def progress(self, *events: Progress) -> list[bool]:
+        """Append events, in order and in one exchange. Return False for each whose lease is lost.
 
         `step` and `steps` of a step event also go to the job's status; those of a preview are its sample's.
-        It is not repeated after a lost answer: an event would come twice, and the next one makes up for one
-        that is lost.
+        The call is not repeated after a lost answer: an event would come twice, and the next one makes up for
+        one that is lost.
         """
-        step, steps = (data.get("step", ""), data.get("steps", "")) if kind == "step" else ("", "")
-        args = (*_token(lease), kind, pack(data, lease.version), step, steps)
-        return bool(await self._run("progress", *args, repeatable=False))
+        args = [part for event in events for part in _progress_args(event)]
+        return [bool(held) for held in await self._run("progress", *args, repeatable=False)]
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
         """Store the result and end the job. Return False if the lease is lost: the result is then dropped."""
@@ -230,3 +229,9 @@ def ms(seconds: float) -> int:
 
 def _token(lease: Lease) -> tuple[str, str, int]:
     return lease.job_id, lease.owner, lease.attempt
+
+
+def _progress_args(event: Progress) -> tuple[str | int | bytes, ...]:
+    data, of_job = event.data, event.kind == "step"
+    step, steps = (data.get("step", ""), data.get("steps", "")) if of_job else ("", "")
+    return (*_token(event.lease), event.kind, pack(data, event.lease.version), step, steps)

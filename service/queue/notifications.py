@@ -18,6 +18,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from ditserve.service.jobs import ANY_FLOW
 from ditserve.service.queue.keys import Keys
 
 PING_EVERY_S = 5.0
@@ -98,23 +99,31 @@ class WorkNotifications:
     def __init__(self, client: Redis, keys: Keys) -> None:
         self._client, self._keys = client, keys
         self._notified = asyncio.Event()
+        self._flows: set[str] = set()
         self._subscriber: Subscriber | None = None
         self._cancelled: Callable[[str], None] = lambda job_id: None
 
-    def notify(self) -> None:
-        """End the current `wait`, or the next one."""
+    def notify(self, *flows: str) -> None:
+        """End the current `wait`, or the next one, which then also returns `flows`."""
+        self._flows.update(flows)
         self._notified.set()
 
-    async def wait(self, timeout_s: float) -> None:
-        """Return once there was a notification since the last call, or after the timeout."""
+    async def wait(self, timeout_s: float) -> frozenset[str]:
+        """Return once there was a notification since the last call, or after the timeout.
+
+        The answer holds the flows in which a job became available since then. `ANY_FLOW` is among them if the
+        flow does not matter, and after the timeout.
+        """
         self._subscribe()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._notified.wait()
         except TimeoutError:
-            return
-        finally:
-            self._notified.clear()
+            self._flows.add(ANY_FLOW)
+        self._notified.clear()
+        flows = frozenset(self._flows)
+        self._flows.clear()
+        return flows
 
     def watch(self, cancelled: Callable[[str], None]) -> None:
         """From now on call `cancelled(job_id)` for every running job that is cancelled, on any worker."""
@@ -128,7 +137,7 @@ class WorkNotifications:
     def _subscribe(self) -> None:
         if self._subscriber is None:
             handlers = {
-                self._keys.work_channel: lambda _: self.notify(),
+                self._keys.work_channel: self.notify,
                 self._keys.cancelled_channel: lambda job_id: self._cancelled(job_id),
             }
-            self._subscriber = Subscriber(self._client, handlers, connected=self.notify)
+            self._subscriber = Subscriber(self._client, handlers, connected=lambda: self.notify(ANY_FLOW))

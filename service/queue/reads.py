@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, TypeVar, cast, get_args
 
 import structlog
-from redis.asyncio.client import Pipeline
 
 from ditserve.service.errors import (
     InternalError,
@@ -37,7 +36,7 @@ from ditserve.service.jobs import (
     State,
 )
 from ditserve.service.queue.clock import FIRST_READINGS, READ_EVERY_S, QueueClock
-from ditserve.service.queue.connection import ask, of_another_kind, open_client, patiently
+from ditserve.service.queue.connection import ask, commands, of_another_kind, open_client, patiently
 from ditserve.service.queue.keys import Keys
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.faults import kept_running
@@ -107,11 +106,10 @@ class Reads:
             InternalError: the job cannot be read at all.
         """
 
-        def read(pipeline: Pipeline) -> None:
-            pipeline.zrank(self.keys.queue, job_id)
-            pipeline.hmget(self.keys.job(job_id), (*_FIELDS, *_LATER_FIELDS))
-
-        position, fields = await self._ask_together(read)
+        position, fields = await self._ask_together(
+            ("ZRANK", self.keys.queue, job_id),
+            ("HMGET", self.keys.job(job_id), *_FIELDS, *_LATER_FIELDS),
+        )
         values: Sequence[Any] = fields or (None,) * len(_FIELDS + _LATER_FIELDS)
         wire, state, attempt, step, steps, error, owner, withdrawn, *callback = values
         if None in (wire, state, attempt, step):
@@ -165,12 +163,11 @@ class Reads:
 
         # A script writes a job's result together with its state, so the state, which is read first, is never
         # ahead of the result.
-        def read(pipeline: Pipeline) -> None:
-            for job_id in job_ids:
-                pipeline.hmget(self.keys.job(job_id), ("state", "error", "owner"))
-                pipeline.get(self.keys.result(job_id))
-
-        replies = await self._ask_together(read)
+        reads: list[Sequence[str]] = []
+        for job_id in job_ids:
+            reads.append(("HMGET", self.keys.job(job_id), "state", "error", "owner"))
+            reads.append(("GET", self.keys.result(job_id)))
+        replies = await self._ask_together(*reads)
         return [
             _read_outcome(job_id, data, *(fields or (None,) * 3))
             for job_id, fields, data in zip(job_ids, replies[::2], replies[1::2], strict=True)
@@ -267,18 +264,14 @@ class Reads:
                 return None
             raise
 
-    def _ask_together(self, fill: Callable[[Pipeline], None]) -> Awaitable[list[Any]]:
-        """Return the answers to the reads that `fill` puts into a pipeline, in one exchange with Redis.
+    def _ask_together(self, *reads: Sequence[str]) -> Awaitable[list[Any]]:
+        """Return the answers to several reads, in one exchange with Redis.
 
         The answer about a key of another kind is None.
         """
 
         async def call() -> list[Any]:
-            # A new one for every repetition, because a pipeline is empty once it was executed.
-            pipeline = self._client.pipeline(transaction=False)
-            fill(pipeline)
-            # An error that the pipeline raises itself does not begin with its code.
-            replies = await pipeline.execute(raise_on_error=False)
+            replies = await commands(self._client, *reads)
             replies = [None if of_another_kind(reply) else reply for reply in replies]
             for reply in replies:
                 if isinstance(reply, Exception):

@@ -12,16 +12,19 @@ from typing import Any
 from ditserve.service.engine.samples import Preview
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.formats import CONTENT_TYPES, preview_format
-from ditserve.service.jobs import EventKind, Lease
+from ditserve.service.jobs import EventKind, Progress
 from ditserve.service.planning.planner import Change
 from ditserve.service.queue.broker import Broker
 from ditserve.service.worker.running_job import RunningJob
 
 WAITING = 1024  # events beyond these are dropped
+AT_ONCE = 32  # events of one exchange with Redis: previews among them hold images
 
 
 class ProgressEvents:
-    """The queue of events to publish. `run` publishes them in order, one at a time.
+    """The queue of events to publish. `run` publishes them in order, all that wait at once.
+
+    Steps come for all running jobs together: an exchange with Redis for each would cost more than the events.
 
     Args:
         step_event_s: the least seconds between two step events of a job.
@@ -31,7 +34,7 @@ class ProgressEvents:
         self._broker = broker
         self._step_event_s = step_event_s
         self._stepped_at = 0.0
-        self._events: asyncio.Queue[tuple[Lease, EventKind, dict[str, Any]]] = asyncio.Queue(WAITING)
+        self._events: asyncio.Queue[Progress] = asyncio.Queue(WAITING)
 
     def degraded(self, job: RunningJob, change: Change) -> None:
         data = {
@@ -68,13 +71,15 @@ class ProgressEvents:
 
     async def run(self) -> None:
         while True:
-            lease, kind, data = await self._events.get()
+            events = [await self._events.get()]
+            while len(events) < AT_ONCE and not self._events.empty():
+                events.append(self._events.get_nowait())
             try:
-                await self._broker.progress(lease, kind, data)
+                await self._broker.progress(*events)
             except QueueUnavailable:
-                # This event is lost. The end of the job is published elsewhere, until it succeeds.
+                # These events are lost. The end of a job is published elsewhere, until it succeeds.
                 continue
 
     def _publish(self, job: RunningJob, kind: EventKind, data: dict[str, Any]) -> None:
         if not self._events.full():
-            self._events.put_nowait((job.lease, kind, data))
+            self._events.put_nowait(Progress(job.lease, kind, data))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from ditserve.service.jobs import ANY_FLOW
 from ditserve.service.worker.running_job import RunningJob
 
 RESERVED_SAMPLES: Final = 16  # places beyond the look-ahead, for flows of which a worker holds few samples
@@ -20,6 +21,14 @@ class Room:
     samples: int = 0
     reserved: int = 0
     crowded: frozenset[str] = frozenset()
+
+    def may_take(self, flows: frozenset[str]) -> bool:
+        """Return whether a claim may find anything, once jobs of `flows` became available and no others.
+
+        Example: a worker without room for samples holds many of flow A. It need not look for another job of
+        flow A, but for one of flow B, which may have a reserved place.
+        """
+        return self.samples > 0 or ANY_FLOW in flows or not flows <= self.crowded
 
 
 def wanted_rows(

@@ -117,6 +117,9 @@ class RunningJob:
         running = [progress[request.id] for request in self.requests if request.id in progress]
         if not running:
             return 0, 0
+        if len(self.requests) == 1:
+            # Most jobs are, and a report asks for all that run.
+            return running[0]
         _, steps = min(running, key=lambda sample: sample[0] / sample[1])
         finished = sum(request.id in self._finished for request in self.requests)
         done = finished + sum(Fraction(*sample) for sample in running)

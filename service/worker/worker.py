@@ -21,7 +21,7 @@ from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.samples import Failed, Latent, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.formats import MediaKind
-from ditserve.service.jobs import Claim, Lease, Renewal
+from ditserve.service.jobs import ANY_FLOW, Claim, Lease, Renewal
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
@@ -135,8 +135,12 @@ class Worker:
     # Jobs come.
 
     async def _claim_jobs(self) -> None:
+        available = frozenset({ANY_FLOW})
         while not self._leaving:
             room = self._room()
+            if not room.may_take(available):
+                available = await self._broker.work.wait(self.policy.idle_s)
+                continue
             try:
                 claims = await self._broker.claim(
                     self.identity.name,
@@ -153,10 +157,11 @@ class Worker:
             for claim in claims:
                 self._start_job(claim)
                 self._reporting.changed()
+            available = frozenset()
             # Fewer samples than there is room for: the queue has no more to give, and notifies of what comes
             # later.
             if sum(len(claim.job.seeds) for claim in claims) < max(1, room.samples) and not self._leaving:
-                await self._broker.work.wait(self.policy.idle_s)
+                available = await self._broker.work.wait(self.policy.idle_s)
 
     def _room(self) -> Room:
         """Return how much to claim now.
@@ -230,7 +235,7 @@ class Worker:
     def _on_engine_report(self, report: EngineReport) -> None:
         if self._monitor.report is None:
             # The first report: the engine is ready, so the loop that claims may begin.
-            self._broker.work.notify()
+            self._broker.work.notify(ANY_FLOW)
         self._monitor.report, step = report, report.step
         self._reporting.changed()
         if self._may_claim_later:
@@ -334,7 +339,7 @@ class Worker:
         """Stop work on a job; whatever of it still arrives is ignored."""
         self._engine.cancel(self._jobs.remove(job))
         self._job_ended.set()
-        self._broker.work.notify()
+        self._broker.work.notify(ANY_FLOW)
         metrics.JOBS.labels(outcome).inc()
         log.info(
             "job ended",

@@ -17,7 +17,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as NotConnected
 
 from ditserve.service.fleet import WorkerState
-from ditserve.service.jobs import Job, JobResult
+from ditserve.service.jobs import Job, JobResult, Progress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from tests.deploy.files import (
@@ -85,7 +85,8 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
             }
             assert set(leases) == {done.id, failed.id}
             assert not (await broker.renew([*leases.values()])).lost
-            assert await broker.progress(leases[done.id], "step", {"step": 1, "steps": 10})
+            step = Progress(leases[done.id], "step", {"step": 1, "steps": 10})
+            assert await broker.progress(step) == [True]
             assert await broker.finish(leases[done.id], make_result())
             assert await broker.hand_back(leases[failed.id])
             assert await listener.wait(done.id) == make_result()

@@ -1,8 +1,10 @@
 """`POST /generate`: draw images, and wait for them or not."""
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
@@ -21,7 +23,18 @@ from ditserve.service.http.routing import FORM, JSON
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Submission
 
-router = APIRouter()
+
+class DirectRoute(APIRoute):
+    """A route whose function takes the request and returns the response, and is called with nothing between.
+
+    FastAPI looks each time for arguments and for a model of the answer, and there are none of these.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
+
+
+router = APIRouter(route_class=DirectRoute)
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _FILES = dict.fromkeys((*CONTENT_TYPES.values(), "multipart/mixed"), _BINARY)

@@ -60,27 +60,25 @@ local function emit(id, kind, data)
   redis.call('PEXPIRE', stream, RECORD_TTL)
 end
 
--- The fields that submit.lua writes, of every release that may share this queue, and those of later moves.
-local TEXTS = { 'wire', 'nonce', 'state', 'model', 'flow', 'caller', 'deadline' }
-local NUMBERS = { 'samples', 'rows', 'due', 'attempt', 'spent', 'step' }
-local LATER = { 'owner', 'claimed_at', 'suspect', 'returned_at', 'withdrawn', 'callback' }
-local FIELDS = {}
-for _, fields in ipairs({ TEXTS, NUMBERS, LATER }) do
-  for _, field in ipairs(fields) do FIELDS[#FIELDS + 1] = field end
-end
+-- The fields that submit.lua writes, of every release that may share this queue: texts, then whole numbers; and
+-- those of later moves.
+local FIELDS = {
+  'wire', 'nonce', 'state', 'model', 'flow', 'caller', 'deadline',
+  'samples', 'rows', 'due', 'attempt', 'spent', 'step',
+  'owner', 'claimed_at', 'suspect', 'returned_at', 'withdrawn', 'callback',
+}
+local LAST_TEXT, LAST_NUMBER = 7, 13
 
 -- Returns a job's record by field, or nil if it is not whole. A field that is not set is false.
 local function read_record(id)
   local values = redis.pcall('HMGET', job_key(id), unpack(FIELDS))
   if values.err then return nil end
   local job = { id = id }
-  for i, field in ipairs(FIELDS) do job[field] = values[i] end
-  for _, field in ipairs(TEXTS) do
-    if not job[field] then return nil end
-  end
-  for _, field in ipairs(NUMBERS) do
-    job[field] = whole(job[field])
-    if not job[field] then return nil end
+  for i, field in ipairs(FIELDS) do
+    local value = values[i]
+    if i > LAST_TEXT and i <= LAST_NUMBER then value = whole(value) end
+    if i <= LAST_NUMBER and not value then return nil end
+    job[field] = value
   end
   job.claimed_at, job.returned_at = whole(job.claimed_at), whole(job.returned_at)
   if job.state == 'running' and not (job.owner and job.claimed_at) then return nil end
@@ -221,11 +219,12 @@ local function ended_by(job, state, owner, attempt)
   return job and job.state == state and job.owner == owner and job.attempt == tonumber(attempt)
 end
 
-local function enqueue(id, finish, rows)
+-- `flow` is that of a job that waits for its turn; it is empty for one that goes before its turn.
+local function enqueue(id, finish, rows, flow)
   redis.call('ZADD', QUEUE, finish, id)
   redis.call('ZADD', AGES, NOW, id)
   add(TOTALS, 'rows', rows)
-  redis.call('PUBLISH', PREFIX .. 'work', '')
+  redis.call('PUBLISH', PREFIX .. 'work', flow)
 end
 
 -- When the last job leaves, no flow is ahead or behind any more: the virtual clock starts anew.
@@ -246,7 +245,7 @@ end
 local function put_back(job)
   redis.call('ZREM', LEASES, job.id)
   redis.call('HSET', job_key(job.id), 'state', 'queued', 'returned_at', NOW)
-  enqueue(job.id, 0, job.rows)
+  enqueue(job.id, 0, job.rows, '')
 end
 
 -- Add `change` to the number of the caller's jobs that have not ended.

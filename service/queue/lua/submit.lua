@@ -68,7 +68,7 @@ if equal ~= '' then redis.call('SET', equal_key, id, 'PX', equal_ttl) end
 for _, other in ipairs(others) do redis.call('ZINCRBY', QUEUE, work, other) end
 redis.call('ZADD', FLOWS, last + work, flow)
 redis.call('ZADD', DUES, 0, due_key(flow, due) .. id)
-enqueue(id, (start or last) + work, rows)
+enqueue(id, (start or last) + work, rows, flow)
 count_unfinished(caller, 1)
 -- Events of a job of this id that was lost would end those who follow this one.
 redis.call('DEL', PREFIX .. 'events:' .. id)

@@ -24,7 +24,7 @@ from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
 from ditserve.service.identity import bundle_digest
-from ditserve.service.jobs import Claim, Image, JobResult
+from ditserve.service.jobs import Claim, Image, JobResult, Progress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.queue.queue_client import QueueClient
@@ -122,9 +122,8 @@ class StubWorker:
         job, lease = claim.job, claim.lease
         for step in range(job.previews, job.steps, job.previews or job.steps):
             progress = {"sample": 0, "step": step, "steps": job.steps}
-            await self.broker.progress(
-                lease, "preview", {**progress, "image": PNG, "content_type": "image/png"}
-            )
+            data = {**progress, "image": PNG, "content_type": "image/png"}
+            await self.broker.progress(Progress(lease, "preview", data))
         if self.fail_with is not None:
             await self.broker.fail(lease, self.fail_with)
         elif not self.hold:

@@ -12,6 +12,7 @@ import pytest
 
 from ditserve.service.api_keys import add, revoke
 from ditserve.service.http.sse import encode
+from ditserve.service.jobs import Progress
 from tests.conftest import wait_until
 from tests.service.http.conftest import PNG, OpenStage, Serve, Stage
 
@@ -28,7 +29,7 @@ async def client(stage: Stage, serve: Serve) -> AsyncIterator[httpx.AsyncClient]
 async def preview(stage: Stage, step: int) -> None:
     (claim,) = stage.worker.claimed
     data = {"sample": 0, "step": step, "steps": 20, "image": PNG, "content_type": "image/png"}
-    await stage.broker.progress(claim.lease, "preview", data)
+    await stage.broker.progress(Progress(claim.lease, "preview", data))
 
 
 async def test_each_event_is_encoded_once_for_all_its_readers(

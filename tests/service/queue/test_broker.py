@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ditserve.service.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, to_wire
-from ditserve.service.jobs import Job, JobEvent, JobResult, Lease
+from ditserve.service.jobs import Job, JobEvent, JobResult, Lease, Progress
+from ditserve.service.queue import connection
 from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
@@ -40,8 +42,9 @@ async def test_a_job_goes_through(broker: Broker, make_job: MakeJob, make_result
     assert claim.job == job
     assert claim.lease == Lease(job.id, "w1", 1)
     assert not claim.run_isolated
-    assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
-    assert await broker.progress(claim.lease, "preview", {"step": 6, "steps": 8, "image": b""})
+    step = Progress(claim.lease, "step", {"step": 4, "steps": 8})
+    preview = Progress(claim.lease, "preview", {"step": 6, "steps": 8, "image": b""})
+    assert await broker.progress(step) == await broker.progress(preview) == [True]
     status = await broker.status(job.id)
     assert status is not None
     assert (status.state, status.step, status.steps, status.attempt) == ("running", 4, 8, 1)
@@ -73,26 +76,25 @@ async def test_submitting_twice_queues_once(broker: Broker, make_job: MakeJob) -
 async def test_a_submit_whose_answer_is_lost_is_still_new(
     broker: Broker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lose_next_answer(broker, monkeypatch)
+    lose_next_answer(monkeypatch)
     job = make_job()
     assert await broker.submit(job)
     assert await claim_ids(broker) == [job.id]
 
 
-def lose_next_answer(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_next_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next script run on the server, and lose its answer."""
-    client = broker._scripts._client
-    evalsha = client.evalsha
+    command = connection.command
     lost: list[Any] = []
 
-    async def lossy(*args: Any) -> Any:
-        answer = await evalsha(*args)
+    async def lossy(client: Redis, *words: bytes | str | float) -> Any:
+        answer = await command(client, *words)
         if not lost:
             lost.append(answer)
             raise RedisTimeoutError("Timeout reading from socket")
         return answer
 
-    monkeypatch.setattr(client, "evalsha", lossy)
+    monkeypatch.setattr(connection, "command", lossy)
 
 
 async def test_the_queue_is_bounded_by_count(connect: Connect, make_job: MakeJob) -> None:
@@ -167,7 +169,7 @@ async def test_a_claim_whose_answer_is_lost_is_answered_again(
     jobs = [make_job() for _ in range(3)]
     for job in jobs:
         await broker.submit(job)
-    lose_next_answer(broker, monkeypatch)
+    lose_next_answer(monkeypatch)
     claims = await broker.claim("w1", models=["emoji"], max_samples=2)
     assert {claim.job.id for claim in claims} == {jobs[0].id, jobs[1].id}
     assert {claim.lease.attempt for claim in claims} == {1}
@@ -187,6 +189,31 @@ async def test_a_job_past_its_deadline_is_not_started(
         await broker.outcome(late.id)
 
 
+async def test_events_of_several_jobs_come_in_order_and_those_of_a_lost_lease_do_not(
+    broker: Broker, make_job: MakeJob
+) -> None:
+    jobs = [make_job(), make_job()]
+    for job in jobs:
+        await broker.submit(job)
+    first, second = [claim.lease for claim in await broker.claim("w1", models=["emoji"], max_samples=4)]
+    events = [
+        Progress(first, "step", {"step": 1, "steps": 8}),
+        Progress(replace(second, attempt=2), "step", {"step": 5, "steps": 8}),
+        Progress(first, "degraded", {"rung": "ddim-20"}),
+        Progress(second, "step", {"step": 2, "steps": 8}),
+        Progress(first, "step", {"step": 3, "steps": 4}),
+    ]
+    assert await broker.progress(*events) == [True, False, True, True, True]
+    statuses = [await broker.status(job.id) for job in jobs]
+    assert [(status.step, status.steps) for status in statuses if status] == [(3, 4), (2, 8)]
+    # They end, so that their events can be read to an end.
+    for lease in (first, second):
+        await broker.fail(lease, to_wire(NumericalError()))
+    kinds = [[event.kind for event in await read_events(broker, job.id)] for job in jobs]
+    assert kinds[0] == ["queued", "started", "step", "degraded", "step", "failed"]
+    assert kinds[1] == ["queued", "started", "step", "failed"]
+
+
 async def test_only_the_holder_of_the_lease_may_write(
     broker: Broker, make_job: MakeJob, make_result: MakeResult
 ) -> None:
@@ -194,7 +221,7 @@ async def test_only_the_holder_of_the_lease_may_write(
     await broker.submit(job)
     lease = await claim_one(broker)
     for stranger in (replace(lease, owner="w2"), replace(lease, attempt=2), Lease("unknown", "w1", 1)):
-        assert not await broker.progress(stranger, "step", {"step": 1})
+        assert await broker.progress(Progress(stranger, "step", {"step": 1})) == [False]
         assert not await broker.finish(stranger, make_result())
         assert not await broker.fail(stranger, to_wire(NumericalError()))
         assert not await broker.hand_back(stranger)

@@ -15,9 +15,9 @@ from redis.asyncio import Redis
 
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.fleet import WorkerState
-from ditserve.service.jobs import Job, JobResult
+from ditserve.service.jobs import Job, JobResult, Progress
 from ditserve.service.queue.broker import Broker
-from ditserve.service.queue.connection import ask, open_client
+from ditserve.service.queue.connection import ask, command, open_client
 from ditserve.service.queue.listener import Listener
 from tests.service.queue.servers import Server, free_port, serving
 
@@ -33,7 +33,7 @@ async def live_through(broker: Broker, job: Job, result: JobResult) -> None:
     listener = Listener(broker)
     assert await broker.submit(job)
     (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
-    assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
+    assert await broker.progress(Progress(claim.lease, "step", {"step": 4, "steps": 8})) == [True]
     assert await broker.hand_back(claim.lease, checkpoint=b"half", step=4)
     (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
     assert claim.checkpoint == b"half"
@@ -60,6 +60,27 @@ async def opened(url: str, **options: Any) -> AsyncIterator[Broker]:
         yield broker
     finally:
         await broker.aclose()
+
+
+async def test_commands_share_the_connections_and_wait_for_their_turn(redis_url: str) -> None:
+    client = open_client(redis_url, connections=2)
+    pool, answered = client.connection_pool, []
+
+    async def echo(number: int) -> None:
+        answer = await command(client, "ECHO", str(number))
+        assert int(answer) == number
+        answered.append(number)
+
+    tasks = [asyncio.create_task(echo(number)) for number in range(40)]
+    await asyncio.sleep(0)
+    # Those that give up take no connection along, whether they wait for one or for their answer.
+    for task in tasks[::4]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert answered == [number for number in range(40) if number % 4]
+    assert not pool._in_use_connections
+    assert len(pool._available_connections) == 2
+    await client.aclose()
 
 
 async def test_what_is_under_way_when_a_client_is_closed_leaves_no_connection_open(

@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 from structlog.testing import capture_logs
 
 from ditserve.service.errors import JobExpired, JobLost, NumericalError, to_wire
-from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Lease
+from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Lease, Progress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from tests.conftest import ManualClock, audit, close_books
@@ -97,7 +97,7 @@ async def act(verb: str, broker: Broker, job: Job, make_result: MakeResult) -> N
         "retry": lambda: broker.fail(lease, error, retry=True),
         "hand_back": lambda: broker.hand_back(lease),
         "renew": lambda: broker.renew([lease]),
-        "progress": lambda: broker.progress(lease, "step", {"step": 1}),
+        "progress": lambda: broker.progress(Progress(lease, "step", {"step": 1})),
         "cancel": lambda: broker.cancel(job.id),
         "submit": lambda: broker.submit(job),
         "sweep": broker.sweep,
@@ -151,7 +151,7 @@ async def test_a_job_lost_while_it_runs_is_told_to_its_waiter_and_its_worker_at_
     (entry,) = await claim(timed)
     waiting = asyncio.create_task(listener.wait(job.id, new=True))
     await client.delete(timed.keys.job(job.id))
-    assert not await timed.progress(entry.lease, "step", {"step": 1})
+    assert await timed.progress(Progress(entry.lease, "step", {"step": 1})) == [False]
     async with asyncio.timeout(1.5):
         with pytest.raises(JobLost):
             await waiting

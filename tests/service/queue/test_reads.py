@@ -9,7 +9,7 @@ import pytest
 
 from ditserve.service.errors import JobExpired, JobLost
 from ditserve.service.fleet import WorkerState
-from ditserve.service.jobs import Job, JobEvent, JobResult, Lease
+from ditserve.service.jobs import ANY_FLOW, Job, JobEvent, JobResult, Lease, Progress
 from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
@@ -40,13 +40,20 @@ async def test_status_counts_the_jobs_ahead(broker: Broker, make_job: MakeJob) -
 
 
 async def test_waiting_for_work_ends_when_work_comes(broker: Broker, make_job: MakeJob) -> None:
-    await broker.work.wait(5)  # the subscription stands
+    # Once the subscription stands, any job may have come before.
+    assert await broker.work.wait(5) == {ANY_FLOW}
     waiting = asyncio.create_task(broker.work.wait(30))
     await asyncio.sleep(0)
-    await broker.submit(make_job())
+    job = make_job()
+    await broker.submit(job)
     async with asyncio.timeout(5):
-        await waiting
-    await broker.work.wait(0.01)  # nothing new: the timeout ends it
+        assert await waiting == {job.flow}
+    assert await broker.work.wait(0.01) == {ANY_FLOW}  # nothing new: the timeout ends it
+    broker.work.notify()
+    assert await broker.work.wait(5) == frozenset()
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+    assert await broker.hand_back(claim.lease)
+    assert await broker.work.wait(5) == {ANY_FLOW}  # it goes before its turn
 
 
 async def test_events_resume_after_an_id_and_end(
@@ -57,7 +64,7 @@ async def test_events_resume_after_an_id_and_end(
     followed = asyncio.create_task(read_events(broker, job.id))
     lease = await claim_one(broker)
     for step in range(3):
-        await broker.progress(lease, "preview", {"step": step, "image": b"\x89PNG"})
+        await broker.progress(Progress(lease, "preview", {"step": step, "image": b"\x89PNG"}))
     await broker.finish(lease, make_result())
     events = await followed
     assert [event.kind for event in events] == ["queued", "started", "preview", "preview", "preview", "done"]
@@ -72,9 +79,9 @@ async def test_events_per_job_are_bounded(broker: Broker, make_job: MakeJob, mak
     job = make_job()
     await broker.submit(job)
     lease = await claim_one(broker)
-    # A worker tells a few at a time, and awaits them.
+    # A worker tells a few at a time.
     for first in range(0, 900, 50):
-        await asyncio.gather(*(broker.progress(lease, "step", {"step": first + k}) for k in range(50)))
+        await broker.progress(*(Progress(lease, "step", {"step": first + k}) for k in range(50)))
     await broker.finish(lease, make_result())
     events = await read_events(broker, job.id)
     assert len(events) <= broker.limits.events_kept + 100

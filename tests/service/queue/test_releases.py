@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from ditserve.service import wire
 from ditserve.service.errors import InternalError, NumericalError, QueueUnavailable, to_wire
 from ditserve.service.fleet import Starting
-from ditserve.service.jobs import Claim, Job, JobEvent, JobResult
+from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Progress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.telemetry import metrics
 from ditserve.service.wire import NEWEST, pack, unpack
@@ -86,7 +86,7 @@ async def test_jobs_results_errors_and_events_may_have_more_fields(
         await broker.submit(job)
         await widen(broker.keys.job(job.id), "wire")
     first, second = [entry.lease for entry in await claim(broker)]
-    await broker.progress(first, "step", {"step": 1, **LATER})
+    await broker.progress(Progress(first, "step", {"step": 1, **LATER}))
     await broker.finish(first, make_result())
     await broker.fail(second, to_wire(NumericalError("Not finite.")))
     await widen(broker.keys.job(failed.id), "error")
@@ -136,7 +136,7 @@ async def test_what_is_written_about_a_job_has_the_version_of_the_job(
     monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
     monkeypatch.setattr("ditserve.service.queue.leases.NEWEST", LATEST)
     for entry in await claim(broker):
-        await broker.progress(entry.lease, "step", {"step": 1})
+        await broker.progress(Progress(entry.lease, "step", {"step": 1}))
         await broker.finish(entry.lease, make_result())
     monkeypatch.undo()
     assert await broker.outcome(older.id) == make_result()

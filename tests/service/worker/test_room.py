@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import Claim, Job, Lease
+from ditserve.service.jobs import ANY_FLOW, Claim, Job, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.worker.room import RESERVED_SAMPLES, Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob
@@ -73,3 +73,12 @@ def test_few_samples_of_some_take_no_room_from_those_of_many_until_their_places_
     few = sum(job.missing for job in jobs) - crowding
     assert room.samples == max(0, 20 - crowding - max(0, few - RESERVED_SAMPLES))
     assert room.reserved == max(0, RESERVED_SAMPLES - few)
+
+
+def test_a_full_worker_looks_for_jobs_of_flows_that_it_holds_few_of() -> None:
+    full, free = Room(samples=0, reserved=14, crowded=frozenset({"a", "b"})), Room(samples=1)
+    assert not full.may_take(frozenset())
+    assert not full.may_take(frozenset({"a", "b"}))
+    assert full.may_take(frozenset({"a", "c"}))
+    assert full.may_take(frozenset({"a", ANY_FLOW}))
+    assert free.may_take(frozenset())
