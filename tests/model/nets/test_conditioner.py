@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ditserve.model.nets.conditioner import (
+    COMMITMENT,
     ConditionEmbedder,
     drop_labels,
     drop_text,
@@ -66,7 +67,7 @@ def test_rows_without_text_get_the_vector_for_none() -> None:
 
 
 def test_a_text_stands_in_for_the_labels_that_are_not_given() -> None:
-    embedder = ConditionEmbedder((5, 3), 8, text_size=4, text_labels=True)
+    embedder = ConditionEmbedder((5, 3), 8, text_size=4, text_labels=True).eval()
     assert embedder.text is not None
     first, second = (cast(nn.Embedding, table).weight for table in embedder.tables)
     with torch.no_grad():
@@ -81,6 +82,13 @@ def test_a_text_stands_in_for_the_labels_that_are_not_given() -> None:
     torch.testing.assert_close(out[0], (first[2] + first[3]) / 2 + second[3])
     torch.testing.assert_close(out[1], first[1] + second[0], msg="what is given is not read")
     torch.testing.assert_close(out[2], first[5] + second[3], msg="no text says nothing")
+    # What is drawn commits to the likelier class; training sees the shares as they are.
+    with torch.no_grad():
+        readers[0].weight[3, 0] = 99.0
+    likelier = torch.tensor([COMMITMENT, 0.0]).softmax(0) @ first[2:4] + second[3]
+    torch.testing.assert_close(embedder(torch.tensor([[5, 3]]), text[:1])[0], likelier)
+    open_ = torch.tensor([1.0, 0.0]).softmax(0) @ first[2:4] + second[3]
+    torch.testing.assert_close(embedder.train()(torch.tensor([[5, 3]]), text[:1])[0], open_)
 
 
 def test_wrong_conditions_are_refused() -> None:
