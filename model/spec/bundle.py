@@ -84,9 +84,8 @@ class Bundle:
         """
         root = Path(path)
         source = root / MANIFEST
-        whole = root.parent.parent
-        if root.parent.name == BACKBONES and not source.is_file() and (whole / MANIFEST).is_file():
-            return cls.open(whole, verify=verify).backbone(root.name, decoder=True)
+        if not source.is_file() and is_bundle(root):
+            return cls.open(root.parent.parent, verify=verify).backbone(root.name, decoder=True)
         if not source.is_file():
             raise BundleError(
                 f"{root} is not a bundle: {MANIFEST} is missing; "
@@ -165,6 +164,12 @@ class Bundle:
         if name.startswith("backbone.") and name != BACKBONE:
             return f"{command_line('export.half')} {self.path} adds it"
         return f"{command_line('export.onnx')} {self.path} --out {self.path} writes all graphs"
+
+
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder has the manifest of a bundle, or is that of a further backbone in one."""
+    of_backbone = folder.parent.name == BACKBONES and (folder.parent.parent / MANIFEST).is_file()
+    return of_backbone or (folder / MANIFEST).is_file()
 
 
 def _of_autoencoder(file: str) -> bool:

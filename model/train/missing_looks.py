@@ -1,4 +1,4 @@
-"""What a conditional mean tells of pairs that no picture shows: of a name in a style that lacks it, for one.
+"""Looks of pairs that no picture shows, told by a conditional mean: of a name in a style that lacks it.
 
 It is what the class looks like in the most similar map that shows it. A mean over all of its maps would be
 nearer to the truth, but it is a ghost of several drawings, and what is drawn from it is one as well.
