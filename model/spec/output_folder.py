@@ -116,9 +116,14 @@ def revision(path: Path) -> Iterator[Path]:
 
     Raises:
         BundleError: `path` is no bundle.
-        OutputError, OSError: as `claim`.
+        OutputError, OSError: as `claim`; or `path` is a further network in a bundle.
     """
     bundle = Bundle.open(path, verify=False)
+    if bundle.whole is not None:
+        raise OutputError(
+            f"{path} is a further network of {bundle.whole}: "
+            "change the bundle that it was made of, and add that anew"
+        )
     with replacement(path, BUNDLE) as scratch:
         for name in {*bundle.manifest.files, *REPLACED, MANIFEST}:
             if (bundle.path / name).is_file():

@@ -18,6 +18,7 @@ from ditserve.model.evaluation.ladder_plan import stitched_points
 from ditserve.model.spec.bundle import MANIFEST, Bundle, write_manifest
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import StretchSpec
+from ditserve.model.spec.output_folder import OutputError, revision
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle, save_model
 from ditserve.service.backends import load_backend
@@ -175,4 +176,6 @@ def test_weights_that_both_have_are_stored_once(twins: Path, tmp_path: Path) -> 
     assert all(np.array_equal(drawn[0], other) for other in drawn[1:3])
     assert np.abs(drawn[0].astype(int) - drawn[3]).max() <= 1
     assert load_model(folder / "backbones" / "twin").manifest.name == "tiny-twin"
+    with pytest.raises(OutputError, match="is a further network of"), revision(folder / "backbones" / "twin"):
+        pass
     assert main([str(folder), "again", str(folder / "backbones" / "twin")]) == 2
