@@ -24,12 +24,11 @@ from ditserve.export.errors import ExportError
 from ditserve.export.shared_weights import leave_out_shared
 from ditserve.export.verify import open_session, run
 from ditserve.model.spec.bundle import (
+    AUTOENCODER_GRAPHS,
     BACKBONE,
     BACKBONES,
     BUNDLE_FILES,
     CALIBRATION,
-    DECODER,
-    ENCODER,
     GOLDEN,
     Bundle,
     write_manifest,
@@ -40,8 +39,7 @@ from ditserve.model.spec.manifest import BackboneSpec, Manifest, Name
 from ditserve.model.spec.output_folder import check_apart, revision
 
 # What a further backbone has of a bundle: not what decodes and encodes latents, nor what verified it.
-AUTOENCODER = {file for graph in (DECODER, ENCODER) for file in (graph, f"{graph}.data")}
-COPIED = BUNDLE_FILES - {CALIBRATION, GOLDEN} - AUTOENCODER
+COPIED = BUNDLE_FILES - {CALIBRATION, GOLDEN} - AUTOENCODER_GRAPHS
 # The networks take turns, so that a busy machine slows both alike.
 TURNS, ROWS = 20, 4
 

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto
 
 from ditserve.export.storage import MIN_BYTES, StoredTensor, stored_tensors, write_stored
-from ditserve.model.spec.bundle import CONDITIONER, EMBEDDER, WEIGHTS, write_atomic
+from ditserve.model.spec.bundle import CONDITION_GRAPHS, WEIGHTS, write_atomic
 
 
 def leave_out_shared(place: Path, whole: Path) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def leave_out_shared(place: Path, whole: Path) -> tuple[str, ...]:
     apart = {
         by_offset[int(reference["offset"])]
         for path, graph in graphs.items()
-        if path.name not in (EMBEDDER, CONDITIONER)
+        if path.name not in CONDITION_GRAPHS
         for _, reference in _references(graph)
     }
     shared = tuple(
@@ -41,7 +41,7 @@ def leave_out_shared(place: Path, whole: Path) -> tuple[str, ...]:
     write_stored(place / WEIGHTS, [tensor for name, tensor in further.items() if name not in shared])
     kept = {tensor.name: tensor for tensor in stored_tensors(place / WEIGHTS)}
     for path, graph in graphs.items():
-        from_whole = path.name in (EMBEDDER, CONDITIONER)
+        from_whole = path.name in CONDITION_GRAPHS
         for tensor, reference in _references(graph):
             name = by_offset[int(reference["offset"])]
             stored = own[name] if name in shared else kept[name]

@@ -22,7 +22,7 @@ from ditserve.model.nets.small_autoencoder import (
     SmallAutoencoder,
     load_small_autoencoder,
 )
-from ditserve.model.spec.bundle import BACKBONES, PIPELINE, SMALL_AUTOENCODER, digest
+from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, digest, whole_of
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import SD_SCALE, DecoderKind, LatentSpec, Manifest
 from ditserve.model.spec.pipeline_folder import VAE
@@ -230,7 +230,7 @@ def autoencoder_folder(model: Path, given: Path | None) -> Path | None:
 
     A further backbone has that of the bundle that it lies in.
     """
-    bundle = model.parent.parent if model.parent.name == BACKBONES else model
+    bundle = whole_of(model) or model
     own = (bundle / PIPELINE / VAE, bundle / SMALL_AUTOENCODER)
     return given or next((folder for folder in own if folder.is_dir()), None)
 

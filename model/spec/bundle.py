@@ -44,6 +44,9 @@ _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
 BACKBONES = "backbones"
+# The graphs that compute conditions, and the files of those that decode and encode latents.
+CONDITION_GRAPHS = (EMBEDDER, CONDITIONER)
+AUTOENCODER_GRAPHS = frozenset(file for graph in (DECODER, ENCODER) for file in (graph, f"{graph}.data"))
 # The small autoencoder itself, beside the graphs of its halves.
 SMALL_AUTOENCODER = "autoencoder"
 PARTS = (PIPELINE, BACKBONES, SMALL_AUTOENCODER)  # folders in a bundle
@@ -84,8 +87,8 @@ class Bundle:
         """
         root = Path(path)
         source = root / MANIFEST
-        if not source.is_file() and is_bundle(root):
-            return cls.open(root.parent.parent, verify=verify).backbone(root.name, decoder=True)
+        if (whole := whole_of(root)) is not None:
+            return cls.open(whole, verify=verify).backbone(root.name, decoder=True)
         if not source.is_file():
             raise BundleError(
                 f"{root} is not a bundle: {MANIFEST} is missing; "
@@ -125,7 +128,7 @@ class Bundle:
 
         What computes the conditions of a further backbone may refer to weights of the whole.
         """
-        return self.whole if self.shared_weights and name in (EMBEDDER, CONDITIONER) else None
+        return self.whole if self.shared_weights and name in CONDITION_GRAPHS else None
 
     def backbone(self, name: str, *, decoder: bool = False) -> Bundle:
         """Return a further backbone as a bundle of its own; it has no decoder, or that of this bundle.
@@ -139,7 +142,8 @@ class Bundle:
         spec, folder = self.manifest.backbones[name], f"{BACKBONES}/{name}/"
         files = self.manifest.files.items()
         own_files = {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)}
-        autoencoder = {file: entry for file, entry in files if decoder and _of_autoencoder(file)}
+        decoding = (*AUTOENCODER_GRAPHS, f"{SMALL_AUTOENCODER}/") if decoder else ()
+        autoencoder = {file: entry for file, entry in files if file.startswith(decoding)}
         own = {
             "name": f"{self.manifest.name}-{name}",
             "config": spec.config,
@@ -166,15 +170,11 @@ class Bundle:
         return f"{command_line('export.onnx')} {self.path} --out {self.path} writes all graphs"
 
 
-def is_bundle(folder: Path) -> bool:
-    """Return whether a folder has the manifest of a bundle, or is that of a further backbone in one."""
-    of_backbone = folder.parent.name == BACKBONES and (folder.parent.parent / MANIFEST).is_file()
-    return of_backbone or (folder / MANIFEST).is_file()
-
-
-def _of_autoencoder(file: str) -> bool:
-    graphs = {name for graph in (DECODER, ENCODER) for name in (graph, f"{graph}.data")}
-    return file in graphs or file.startswith(f"{SMALL_AUTOENCODER}/")
+def whole_of(folder: Path) -> Path | None:
+    """Return the bundle that a folder is a further backbone of; None for all other folders."""
+    bundle = folder.parent.parent
+    inside = folder.parent.name == BACKBONES and (bundle / MANIFEST).is_file()
+    return bundle if inside and not (folder / MANIFEST).is_file() else None
 
 
 def encodes_pictures(manifest: Manifest) -> bool:

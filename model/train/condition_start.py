@@ -57,8 +57,7 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
     index = labelled_examples(dataset, counts, rng)
     if not counts or not len(index):
         return
-    chunks = [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
-    flat, labels = read_pictures(dataset, chunks, rng), dataset.labels[index]
+    flat, labels = read_pictures(dataset, index, rng), dataset.labels[index]
     mean = network.conditional_mean if isinstance(network, DiT) else None
     with torch.no_grad():
         codes = encode_means(class_means(flat, labels, counts), network.config.hidden_size, std)
@@ -78,7 +77,7 @@ def start_conditions(network: Network, dataset: Dataset, *, std: float, seed: in
         elif dataset.texts is not None and network.y_embedder.text is not None:
             if mean is not None:
                 network.y_embedder.no_text[network.config.hidden_size :] = 0
-            embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunks])
+            embeddings = np.concatenate([dataset.texts.draw(chunk, rng) for chunk in chunked(index)])
             start_text(network.y_embedder.text, embeddings[:, : dataset.texts.size], np.asarray(told))
 
 
@@ -88,7 +87,8 @@ def complete_conditions(network: Network, dataset: Dataset, *, seed: int) -> Non
     See `model.train.missing_looks`. Nothing else of the network changes.
 
     Raises:
-        ValueError: the network has no mean of several maps, or no labels choose among them.
+        ValueError: the network has no mean of several maps, no labels choose among them, or no example has
+            all of its labels.
     """
     mean = network.conditional_mean if isinstance(network, DiT) else None
     counts = [len(factor.classes) for factor in dataset.factors]
@@ -99,21 +99,25 @@ def complete_conditions(network: Network, dataset: Dataset, *, seed: int) -> Non
         )
     rng = np.random.default_rng(seed)
     index = labelled_examples(dataset, counts, rng)
-    chunks = [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
-    flat, labels = read_pictures(dataset, chunks, rng), dataset.labels[index]
-    gate, shape = labels[:, gated], (counts[coded], counts[gated])
-    centre = flat.mean(0, dtype=np.float64)
-    offsets = class_means(flat, gate[:, None], [counts[gated]])[0]
-    looks, shown = looks_in_maps(flat - centre - offsets[gate], labels[:, coded], gate, shape)
+    if not len(index):
+        raise ValueError("condition_start: missing needs pictures with all of their labels: leave it out")
+    labels, shape = dataset.labels[index], (counts[coded], counts[gated])
+    flat = read_pictures(dataset, index, rng)
+    offsets, looks, shown = looks_in_maps(flat, labels[:, coded], labels[:, gated], shape)
     with torch.no_grad():
-        complete_codes(network, looks, shown, centre + offsets, (coded, gated))
+        complete_codes(network, looks, shown, offsets, (coded, gated))
+
+
+def chunked(index: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Return examples in the parts that are read at a time."""
+    return [index[first : first + CHUNK] for first in range(0, len(index), CHUNK)]
 
 
 def read_pictures(
-    dataset: Dataset, chunks: Sequence[npt.NDArray[np.int64]], rng: np.random.Generator
+    dataset: Dataset, index: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """Return the pictures of examples, given in chunks, as rows (N, C·H·W)."""
-    pictures = np.concatenate([dataset.batch(chunk, rng) for chunk in chunks])
+    """Return the pictures of examples as rows (N, C·H·W)."""
+    pictures = np.concatenate([dataset.batch(chunk, rng) for chunk in chunked(index)])
     return pictures.reshape(len(pictures), -1)
 
 
@@ -187,11 +191,8 @@ def start_mean(
     coded, gated = factors_of_mean(counts, maps)
     gate = np.zeros(len(pictures), np.int64) if gated is None else labels[:, gated]
     used = 1 if gated is None else counts[gated]
-    centre = pictures.mean(0, dtype=np.float64)
-    offsets = class_means(pictures, gate[:, None], [used])[0]
-    looks = fill_looks(
-        *looks_in_maps(pictures - centre - offsets[gate], labels[:, coded], gate, (counts[coded], used))
-    )
+    offsets, looks, shown = looks_in_maps(pictures, labels[:, coded], gate, (counts[coded], used))
+    looks = fill_looks(looks, shown)
     left, values, right = np.linalg.svd(looks.reshape(counts[coded], -1), full_matrices=False)
     kept = min(rows - 1, len(values))
     scale = np.maximum(values[:kept], 1e-9 * values[0]) ** (1 + 2 * WHITENING)
@@ -199,7 +200,7 @@ def start_mean(
     factor = std / found.std()
     mean.basis.zero_()
     basis = (right[:kept] * (values[:kept] / scale / factor)[:, None]).reshape(kept, used, length)
-    mean.basis[:used, 0] = torch.from_numpy(centre + offsets).float()
+    mean.basis[:used, 0] = torch.from_numpy(offsets).float()
     mean.basis[:used, 1 : 1 + kept] = torch.from_numpy(basis).float().transpose(0, 1)
     tables = [np.zeros((count + 1, maps + rows - 1)) for count in counts]
     tables[coded][:-1, maps : maps + kept] = factor * found
@@ -213,23 +214,28 @@ def start_mean(
 
 def factors_of_mean(counts: Sequence[int], maps: int) -> tuple[int, int | None]:
     """Return the factor of the codes, which has most classes, and the one that chooses among maps, if any."""
-    coded = int(np.argmax(counts))
+    coded = max(range(len(counts)), key=lambda factor: counts[factor], default=0)
     fitting = [k for k in range(len(counts)) if k != coded and counts[k] <= maps and maps > 1]
     return coded, max(fitting, key=lambda factor: counts[factor], default=None)
 
 
 def looks_in_maps(
-    pictures: Floats, classes: npt.NDArray[np.int64], maps: npt.NDArray[np.int64], counts: tuple[int, int]
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return the mean of the pictures (N, L) of each class in each map, (classes, maps, L), and where it is.
+    pictures: npt.NDArray[np.float32],
+    classes: npt.NDArray[np.int64],
+    maps: npt.NDArray[np.int64],
+    counts: tuple[int, int],
+) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """Return the means (maps, L) of the pictures (N, L) of maps, those of each class in each map, and where.
 
-    Where a class has no picture in a map, it is zero.
+    The second, (classes, maps, L), are less the first; where a class has no picture in a map, they are zero,
+    and the last (classes, maps) is False.
     """
+    offsets = pictures.mean(0, dtype=np.float64) + class_means(pictures, maps[:, None], counts[1:])[0]
     cells, shape = classes * counts[1] + maps, (counts[0] * counts[1], pictures.shape[1])
     looks, shown = np.zeros(shape), np.bincount(cells, minlength=shape[0])[:, None]
-    np.add.at(looks, cells, pictures)
+    np.add.at(looks, cells, pictures - offsets[maps])
     looks /= np.maximum(shown, 1)
-    return looks.reshape(*counts, -1), (shown > 0).reshape(counts)
+    return offsets, looks.reshape(*counts, -1), (shown > 0).reshape(counts)
 
 
 def start_scales(
@@ -279,7 +285,7 @@ def start_readers(embedder: ConditionEmbedder, dataset: Dataset, *, seed: int) -
     index = labelled_examples(dataset, counts, rng)
     if dataset.texts is None or embedder.text is None or not len(index):
         return
-    chunks = [index[first : first + CHUNK] for _ in range(DRAWS) for first in range(0, len(index), CHUNK)]
+    chunks = chunked(index) * DRAWS
     texts = np.concatenate([dataset.texts.draw(chunk, rng)[:, : dataset.texts.size] for chunk in chunks])
     labels = dataset.labels[np.concatenate(chunks)]
     with torch.no_grad():

@@ -180,8 +180,6 @@ class TrainConfig(RunConfig):
             )
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
-        if self.condition_start == "missing" and self.start is None:
-            raise ValueError("condition_start: missing completes the model that a run starts from: set init")
         if self.lora:
             for field in ("stages", "distillation", "compile", "embedding_l2", "condition_start"):
                 if getattr(self, field):
@@ -201,9 +199,18 @@ class TrainConfig(RunConfig):
                     f"accumulate {self.accumulate} does not fill a pipeline of {self.parallel.pipeline}: "
                     f"raise it to {self.parallel.pipeline} or more"
                 )
+        learn_sigma = self.model.get("learn_sigma", self.diffusion.learn_sigma)
+        if learn_sigma != self.diffusion.learn_sigma:
+            raise ValueError("learn_sigma differs between model and diffusion: make them agree")
         balance = self.model.get("routing") == "token_choice" if self.balance is None else self.balance
         if self.compile and self.model.get("experts") and balance:
             raise ValueError("compile hides the routers that the balance of experts reads: leave out compile")
+        return self
+
+    @model_validator(mode="after")
+    def _check_conditions_agree(self) -> TrainConfig:
+        if self.condition_start == "missing" and self.start is None:
+            raise ValueError("condition_start: missing completes the model that a run starts from: set init")
         if self.mean_of_others and (self.model.get("mean_maps", 1) < 2 or self.parallel.pipeline > 1):
             raise ValueError(
                 "mean_of_others needs maps to choose among and no pipeline: set model.mean_maps and leave "
@@ -217,6 +224,10 @@ class TrainConfig(RunConfig):
                 "a model with first_frame is trained without distillation and pipeline: leave them out, or "
                 "model.first_frame"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps_agree(self) -> TrainConfig:
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
         if isinstance(self.distillation, ProgressiveDistillationConfig):
@@ -234,9 +245,6 @@ class TrainConfig(RunConfig):
                 f"stages add up to {total} steps, and steps is {self.steps}: "
                 "leave steps out of the last stage to let it run to the end"
             )
-        learn_sigma = self.model.get("learn_sigma", self.diffusion.learn_sigma)
-        if learn_sigma != self.diffusion.learn_sigma:
-            raise ValueError("learn_sigma differs between model and diffusion: make them agree")
         return self
 
     @property

@@ -15,7 +15,7 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import INDEX, Latents
 from ditserve.model.nets.autoencoder import AUTOENCODER, PictureDecoder, open_decoder
-from ditserve.model.spec.bundle import MANIFEST, Bundle, is_bundle
+from ditserve.model.spec.bundle import MANIFEST, Bundle, whole_of
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import even_grid
 from ditserve.model.spec.manifest import Defaults, LatentSpec, Manifest, Name, StateTensor
@@ -49,7 +49,8 @@ def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
         LoadError: `path` is neither of the two, has no readable checkpoint, or has weights that do not fit.
         BundleError: a bundle that is damaged.
     """
-    has_run, has_bundle = (path / "config.json").is_file(), is_bundle(path)
+    has_run = (path / "config.json").is_file()
+    has_bundle = (path / MANIFEST).is_file() or whole_of(path) is not None
     if not (has_run or has_bundle):
         raise LoadError(
             f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"

@@ -15,7 +15,8 @@ from ditserve.export.backbone import add_backbone, main
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures
 from ditserve.model.evaluation.ladder_plan import stitched_points
-from ditserve.model.spec.bundle import MANIFEST, Bundle, write_manifest
+from ditserve.model.nets.autoencoder import autoencoder_folder
+from ditserve.model.spec.bundle import MANIFEST, Bundle, whole_of, write_manifest
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import StretchSpec
 from ditserve.model.spec.output_folder import OutputError, revision
@@ -49,6 +50,16 @@ def test_a_further_backbone_is_a_bundle_within_the_bundle(twins: Path) -> None:
         bundle.backbone("other")
     (twins / "backbones" / "twin" / "weights.safetensors").touch()
     assert "backbones/twin/weights.safetensors" in bundle.manifest.files
+
+
+def test_a_bundle_of_its_own_may_lie_in_a_folder_of_that_name(twins: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backbones" / "own"
+    shutil.copytree(twins, folder)
+    (folder / "autoencoder").mkdir()
+    shutil.copy2(twins / MANIFEST, tmp_path)
+    assert (whole_of(folder), whole_of(folder / "backbones" / "twin")) == (None, folder)
+    assert Bundle.open(folder).manifest.name == "tiny"
+    assert autoencoder_folder(folder, None) == folder / "autoencoder"
 
 
 def test_a_stretch_of_the_same_network_draws_the_same_pictures(twins: Path) -> None:

@@ -16,6 +16,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.condition_start import (
     Floats,
     class_means,
+    complete_conditions,
     discriminant,
     encode_means,
     start_conditions,
@@ -196,6 +197,12 @@ def test_completing_needs_maps_and_a_model_to_start_from(tmp_path: Path, bundle:
     }
     with pytest.raises(ValueError, match="missing is for a model with mean_maps that a label chooses"):
         Trainer(TrainConfig.model_validate({**config.model_dump(), **changes}))
+    dataset = copy.copy(config.open_dataset())
+    vars(dataset)["labels"] = np.full_like(dataset.labels, 99)
+    maps = {**config.model, "mean_rank": 4, "mean_maps": 2, "learn_sigma": False}
+    network = make_network(config.model_copy(update={"model": maps, "init": bundle}).network_config(dataset))
+    with pytest.raises(ValueError, match="missing needs pictures with all of their labels"):
+        complete_conditions(network, dataset, seed=0)
 
 
 def test_hidden_rows_are_told_the_mean_of_the_other_maps() -> None:
