@@ -45,6 +45,7 @@ from ditserve.service.wire import OtherVersion, WireError, read_number, unpack
 BLOCK_MS = 3000  # a read of events waits so long for the next one, and then looks whether the job is there
 GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
 EVENTS_AT_ONCE = 64
+EVENT_DEPTH = 32  # of lists and maps in each other
 OTHER_RELEASE_S = 5.0  # after which an upgrade may have gone on
 EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 STATES: frozenset[str] = frozenset(get_args(State))
@@ -297,7 +298,7 @@ def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> tuple[str, Jo
         if kind not in EVENT_KINDS:
             raise WireError(f"no kind of event is {kind!r:.60}")
         data = unpack(fields.get(b"data", b""))
-        if not _is_json(data):
+        if not (_nests_at_most(EVENT_DEPTH, data) and _is_json(data)):
             raise WireError("an event that JSON cannot hold")
         if kind == "preview" and not isinstance(data.get("image"), bytes):
             raise WireError("a preview without an image")
@@ -306,11 +307,22 @@ def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> tuple[str, Jo
         return event_id, fault
 
 
+def _nests_at_most(levels: int, value: Any) -> bool:
+    """Return whether lists and maps lie at most this deep in each other.
+
+    How deep `json` can go depends on the recursion limit, which any library of a process may have raised.
+    """
+    if not isinstance(value, list | dict):
+        return True
+    inside = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_nests_at_most(levels - 1, one) for one in inside)
+
+
 def _is_json(data: Mapping[str, Any]) -> bool:
     """Return whether JSON can hold an event, but for values that are left out, such as an image."""
     try:
         json.dumps(data, allow_nan=False, skipkeys=True, default=lambda value: None)
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     return True
 

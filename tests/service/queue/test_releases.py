@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -255,8 +257,15 @@ async def test_a_result_that_cannot_be_read_is_counted_and_told_to_its_own_calle
 
 
 async def test_events_that_cannot_be_read_are_left_out(
-    broker: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
+    broker: Broker,
+    client: Redis,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    request: pytest.FixtureRequest,
 ) -> None:
+    # As PyTorch's compiler does to its process.
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(5000)
     job = make_job()
     await broker.submit(job)
     (entry,) = await claim(broker)
