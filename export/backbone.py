@@ -20,16 +20,21 @@ import onnxruntime as ort
 from pydantic import TypeAdapter, ValidationError
 
 from ditserve.commands import command_line
+from ditserve.export.decoder import copy_small_autoencoder
 from ditserve.export.errors import ExportError
 from ditserve.export.shared_weights import leave_out_shared
 from ditserve.export.verify import open_session, run
+from ditserve.model.nets.autoencoder import AUTOENCODER
 from ditserve.model.spec.bundle import (
     AUTOENCODER_GRAPHS,
     BACKBONE,
     BACKBONES,
     BUNDLE_FILES,
     CALIBRATION,
+    DECODER,
     GOLDEN,
+    SMALL_AUTOENCODER,
+    WEIGHTS,
     Bundle,
     write_manifest,
 )
@@ -47,7 +52,8 @@ TURNS, ROWS = 20, 4
 def add_backbone(folder: Path, name: str, source: Path) -> BackboneSpec:
     """Add the network of the bundle `source` to the bundle in `folder`.
 
-    It takes the place of an earlier one of its name, whose rungs leave the ladder. Return what the manifest
+    It takes the place of an earlier one of its name, whose rungs leave the ladder. A small autoencoder that
+    is not the bundle's comes along: its decoder draws what the network finishes. Return what the manifest
     says of it.
 
     Raises:
@@ -78,9 +84,18 @@ def add_backbone(folder: Path, name: str, source: Path) -> BackboneSpec:
         for file in COPIED & manifest.files.keys():
             shutil.copy2(other.file(file), place / file)
         spec = spec.model_copy(update={"shared_weights": leave_out_shared(place, scratch)})
+        if _has_own_decoder(bundle.manifest, manifest):
+            shutil.copy2(other.file(DECODER), place)
+            copy_small_autoencoder(other.path / SMALL_AUTOENCODER, place / SMALL_AUTOENCODER)
         backbones = {**bundle.manifest.backbones, name: spec}
         write_manifest(scratch, bundle.manifest.with_backbones(backbones))
     return spec
+
+
+def _has_own_decoder(own: Manifest, other: Manifest) -> bool:
+    """Return whether the small autoencoder of `other` is not that of `own`."""
+    weights = f"{SMALL_AUTOENCODER}/{WEIGHTS}"
+    return weights in other.files and own.files.get(weights) != other.files[weights]
 
 
 def relative_cost(bundle: Bundle, other: Bundle) -> float:
@@ -112,7 +127,7 @@ def _check_alike(own: Manifest, other: Manifest, source: Path) -> None:
     noise = [each.diffusion.model_copy(update={"step_counts": ()}) for each in (own, other)]
     alike = {
         "diffusion": noise[0] == noise[1],
-        "latents": own.latents == other.latents,
+        "latents": own.latents == other.latents and _maker(own) == _maker(other),
         "decoder": own.decoder == other.decoder,
         "factors": same_classes(own.factors, other.factors),
         "config.image_size": own.config.image_size == other.config.image_size,
@@ -127,6 +142,11 @@ def _check_alike(own: Manifest, other: Manifest, source: Path) -> None:
             )
     if other.backbones:
         raise ExportError(f"{source} has further backbones itself: name the bundle of one network")
+
+
+def _maker(manifest: Manifest) -> object:
+    """Return the autoencoder that made the latents of a network's training, if that is known."""
+    return manifest.provenance.get(AUTOENCODER)
 
 
 def _text_encoder(manifest: Manifest) -> object:

@@ -63,7 +63,7 @@ from ditserve.model.evaluation.picture_sets import (
     picture_size,
     texts_instead,
 )
-from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
+from ditserve.model.nets.autoencoder import PictureDecoder, autoencoder_folder, open_decoder
 from ditserve.model.sampling.sheet import SLICES, Sheet, picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
@@ -176,13 +176,13 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     manifest = loaded.manifest
     if options.write and not (model / MANIFEST).is_file():
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
+    decoder = open_decoder(manifest, autoencoder_folder(model, options.vae))
     if manifest.first_axis is not None:
-        record = _evaluate_motion(loaded, folder, options)
+        record = _evaluate_motion(loaded, decoder, folder, options)
         record["seconds"] = round(time.monotonic() - began)
         return _write_record(model, folder, loaded, record, write=options.write)
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
-    decoder = open_decoder(manifest, autoencoder_folder(model, options.vae))
     dataset = open_data(loaded, options.data, pictures=True)
     check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
@@ -212,12 +212,14 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     return _write_record(model, folder, loaded, record, write=options.write)
 
 
-def _evaluate_motion(loaded: LoadedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_motion(
+    loaded: LoadedModel, decoder: PictureDecoder, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measure the motion of clips, write clips.webp, and return the record without its seconds."""
-    plan, dataset = make_plan(loaded, options), open_data(loaded, options.data)
+    plan, dataset = make_plan(loaded, options), open_data(loaded, options.data, pictures=True)
     check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
-    measured = measure_motion(loaded, dataset, plan, rows)
+    measured = measure_motion(loaded, decoder, dataset, plan, rows)
     above, below = measured.generated[: 4 * COLUMNS], measured.real[: 4 * COLUMNS]
     frames = (paired(above[:, :, f], below[:, :, f]) for f in range(above.shape[2]))
     Sheet(tuple(frames), loaded.manifest.fps or SLICES).save(folder / "clips.webp")

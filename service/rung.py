@@ -8,7 +8,7 @@ from typing import Self
 
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.source import walked_steps
-from ditserve.model.spec.stretches import Stretch
+from ditserve.model.spec.stretches import Stretch, stretch_at
 
 Interval = tuple[float, float]
 
@@ -44,6 +44,11 @@ class Rung:
     def backbones(self) -> tuple[str, ...]:
         """The further backbones of the bundle that it names."""
         return tuple(stretch.backbone for stretch in self.stretches if stretch.backbone)
+
+    @property
+    def last_backbone(self) -> str:
+        """The backbone of the last step."""
+        return stretch_at(self.stretches, 0.0).backbone
 
 
 @dataclass(frozen=True, slots=True)

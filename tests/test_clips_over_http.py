@@ -25,11 +25,18 @@ from PIL import Image, ImageSequence
 from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.ladder import LadderOptions
 from ditserve.export.onnx import ExportOptions, export_bundle
+from ditserve.model.nets.autoencoder import autoencoder_folder, open_decoder
 from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.small_autoencoder import (
+    SmallAutoencoder,
+    SmallAutoencoderConfig,
+    save_small_autoencoder,
+)
 from ditserve.model.sampling.denoise import Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import combine_conditions
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.spec.source import SourceLatent
 from ditserve.model.train.load import load_model
@@ -41,34 +48,54 @@ from tests.test_end_to_end import ROOT, Service, wait_until
 Pixels = npt.NDArray[np.uint8]
 STILL = replace(CONFIG, qk_norm=False, layout_rank=0, head_channels=0)
 CLIP = replace(STILL, image_size=(6, 16, 16), rope=True, first_frame=True)
+# Over latents, four of whose channels stand for 2×2 pixels.
+LATENT = replace(CLIP, image_size=(6, 8, 8), patch_size=2, in_channels=4)
 FIRST: Pixels = np.random.default_rng(2).integers(0, 256, (16, 16, 3)).astype(np.uint8)
 BODY = {"model": "clips", "condition": {"label": "star"}, "seed": 5, "steps": 6, "guidance_scale": 3.0}
 
 
-def export(folder: Path, config: DiTConfig, **manifest: Any) -> Path:
-    described = tiny_source(config).manifest.model_copy(update=manifest)
+def export(folder: Path, config: DiTConfig, vae: Path | None = None, **manifest: Any) -> Path:
+    described = tiny_source(replace(config, in_channels=3)).manifest.model_copy(
+        update={**manifest, "config": config}
+    )
     checked = type(described).model_validate(described.model_dump())
     options = ExportOptions(
         weights="fp32",
         half="none",
         trajectories=TrajectorySettings(samples=1, steps=10),
+        vae=vae,
         ladder=LadderOptions("none"),
     )
     export_bundle(LoadedModel(tiny_network(config), checked), folder, options)
     return folder
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clips") / "bundle"
-    return export(folder, CLIP, name="clips")
+def export_latent(folder: Path) -> Path:
+    """Export clips of latents, whose autoencoder takes frame after frame."""
+    autoencoder = folder.with_name("autoencoder")
+    autoencoder.mkdir()
+    torch.manual_seed(0)
+    shape = SmallAutoencoderConfig(latent_channels=4, widths=(8,), blocks=(1,))
+    save_small_autoencoder(autoencoder, SmallAutoencoder(shape), {})
+    latents = LatentSpec(shift=(0.1, -0.2, 0.0, 0.3), scale=(1.0, 0.7, 1.2, 1.0), factor=2)
+    diffusion = tiny_source(STILL).manifest.diffusion.model_copy(update={"clip_x0": False})
+    described = {"decoder": "small", "latents": latents, "diffusion": diffusion}
+    return export(folder, LATENT, autoencoder, name="latent-clips", **described)
 
 
 @pytest.fixture(scope="module")
-def service(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    stills = export(tmp_path_factory.mktemp("stills") / "bundle", STILL, name="stills")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "stills": export(tmp_path_factory.mktemp("stills") / "bundle", STILL, name="stills"),
+        "clips": export(tmp_path_factory.mktemp("clips") / "bundle", CLIP, name="clips"),
+        "latent-clips": export_latent(tmp_path_factory.mktemp("latent-clips") / "bundle"),
+    }
+
+
+@pytest.fixture(scope="module")
+def service(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     log = tmp_path_factory.mktemp("service") / "log.txt"
-    running = Service(log, f"--bundle={stills},{bundle}", "--precision=fp32")
+    running = Service(log, f"--bundle={','.join(map(str, bundles.values()))}", "--precision=fp32")
     yield running
     assert running.stop() == 0
     assert "Traceback" not in log.read_text()
@@ -98,43 +125,58 @@ def expected(bundle: Path, first: Pixels | None = None) -> Pixels:
     """Return the frames that torch draws offline, where the network is told `first` and it is put back."""
     model = load_model(bundle)
     assert isinstance(model.network, DiT)
+    autoencoder = open_decoder(model.manifest, autoencoder_folder(bundle, None))
     embedding = model.network.embed(torch.tensor([[3, 2]]))
     conditions, source = combine_conditions([embedding], [1.0], "linear", 1), None
     if first is not None:
-        clip = torch.from_numpy(first).permute(2, 0, 1)[:, None].expand(-1, 6, -1, -1) / 127.5 - 1
-        source = SourceLatent(clip, (torch.arange(6) > 0).float()[None, :, None, None].expand(1, -1, 16, 16))
+        frame = autoencoder.encode(torch.from_numpy(first).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+        clip = frame[:, None].expand(-1, 6, -1, -1)
+        drawn = (torch.arange(6) > 0).float()[None, :, None, None].expand(1, *clip.shape[1:])
+        source = SourceLatent(clip, drawn)
         conditions = conditions.begun(model.network, clip[:, 0])
     denoiser = Denoiser(model.network, model.schedule, conditions, Guidance(3.0))
     defaults = model.manifest.defaults
     levels = noise_levels(defaults.grid, 6, model.schedule)
-    *_, x0 = denoise(denoiser, step_table(defaults.solver, levels, model.schedule), [5], source=source)
-    frames: Pixels = to_pixels(x0.numpy())[0]
+    clips = model.manifest.diffusion.clip_x0
+    *_, x0 = denoise(
+        denoiser, step_table(defaults.solver, levels, model.schedule), [5], clip_x0=clips, source=source
+    )
+    frames: Pixels = to_pixels(autoencoder.decode(x0).numpy())[0]
+    if first is not None:
+        frames[0] = first
     return frames
 
 
-def test_a_clip_is_served_as_it_is_sampled_offline(service: Service, bundle: Path) -> None:
-    frames, plays_ms = frames_of(drawn(service, "image/apng"))
+@pytest.mark.parametrize("model", ["clips", "latent-clips"])
+def test_a_clip_is_served_as_it_is_sampled_offline(
+    model: str, service: Service, bundles: dict[str, Path]
+) -> None:
+    frames, plays_ms = frames_of(drawn(service, "image/apng", model=model))
     assert (frames.shape, plays_ms) == ((6, 16, 16, 3), 750)
-    assert np.abs(frames.astype(int) - expected(bundle)).max() <= 1
+    assert np.abs(frames.astype(int) - expected(bundles[model])).max() <= 1
     for media_type in ("image/webp", "image/gif"):
-        lossy, plays_ms = frames_of(drawn(service, media_type, fps=24))
+        lossy, plays_ms = frames_of(drawn(service, media_type, model=model, fps=24))
         assert (lossy.shape, plays_ms) == (frames.shape, 250)
     with av.open(io.BytesIO(drawn(service, "video/mp4", fps=12)), "r") as container:
         video = container.streams.video[0]
         assert (len(list(container.decode(video))), video.average_rate) == (6, Fraction(12))
 
 
-def test_a_network_that_is_told_a_first_frame_draws_what_follows_it(service: Service, bundle: Path) -> None:
-    given, _ = frames_of(drawn(service, "image/apng", image=data_url(FIRST)))
+@pytest.mark.parametrize("model", ["clips", "latent-clips"])
+def test_a_network_that_is_told_a_first_frame_draws_what_follows_it(
+    model: str, service: Service, bundles: dict[str, Path]
+) -> None:
+    given, _ = frames_of(drawn(service, "image/apng", model=model, image=data_url(FIRST)))
     np.testing.assert_array_equal(given[0], FIRST)
-    assert np.abs(given.astype(int) - expected(bundle, FIRST)).max() <= 1
+    assert np.abs(given.astype(int) - expected(bundles[model], FIRST)).max() <= 1
     # Another picture of the same class and seed, right after it, begins another clip.
-    other, _ = frames_of(drawn(service, "image/apng", image=data_url(FIRST // 2)))
+    other, _ = frames_of(drawn(service, "image/apng", model=model, image=data_url(FIRST // 2)))
     assert (given[1:] != other[1:]).mean() > 0.1
 
 
 def test_a_clip_may_be_longer_and_larger(service: Service) -> None:
     asked: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+        ({"frames": 8, "size": "20x16", "model": "latent-clips"}, (8, 16, 20, 3)),
         ({"frames": 10}, (10, 16, 16, 3)),
         ({"frames": 12, "windows": True}, (12, 16, 16, 3)),
         ({"frames": 3, "size": "32x16"}, (3, 16, 32, 3)),

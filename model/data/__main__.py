@@ -22,6 +22,7 @@ from ditserve.model.data.sources import check_corrupt_limit, read_source
 from ditserve.model.data.summary import contact_sheet, summarise
 from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive
 from ditserve.model.spec.output_folder import LATENTS, check_folder
+from ditserve.model.spec.sizes import size_name
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -185,8 +186,7 @@ def _latents(options: argparse.Namespace) -> None:
         print(f"part {part} of {parts} is finished; the part that finishes last writes {options.out / INDEX}")
     else:
         count = sum(shard.count for shard in index.shards)
-        height, width = index.size
-        print(f"{count:,} latents of {index.channels}×{height}×{width} are in {options.out}")
+        print(f"{count:,} latents of {size_name((index.channels, *index.size), '×')} are in {options.out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch import Tensor
 
 from ditserve.model.data.examples import DataError, to_model_space
 from ditserve.model.data.labels import check_labels
@@ -34,6 +36,7 @@ from ditserve.model.nets.autoencoder import (
 )
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.output_folder import LATENTS, claim
+from ditserve.model.spec.sizes import Size, frame_by_frame, size_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,14 @@ class EncoderSettings:
 class Extraction:
     """An extraction job, the same for every worker: encode `count` pictures, cropped to `size` (H, W).
 
+    That of clips is (F, H, W).
     `identity` is a hash of the pictures' labels, the shard size and the autoencoder; every shard carries it.
     """
 
     source: Path
     autoencoder: Path
     out: Path
-    size: tuple[int, int]
+    size: Size
     count: int
     settings: EncoderSettings
     identity: str
@@ -96,7 +100,7 @@ def plan_extraction(
 ) -> Extraction:
     """Return an extraction that is checked before any work is done.
 
-    Without `size` (H, W), all pictures must have one size already.
+    Without `size` (H, W), all pictures must have one size already. Clips are encoded frame by frame.
 
     Raises:
         DataError: the source cannot be read, holds latents, or has a size that the autoencoder cannot take.
@@ -108,17 +112,18 @@ def plan_extraction(
     if isinstance(pictures.data, Moments):
         raise DataError(f"{source} holds latents already")
     check_labels(pictures.catalogue, source)
-    height, width = size or common_size(pictures)
+    whole = common_size(pictures) if size is None else (*pictures.first_sides, *size)
     factor = open_latent_autoencoder(autoencoder).factor
-    if height % factor or width % factor:
+    if any(side % factor for side in whole[-2:]):
         raise DataError(
-            f"{source}: {height}×{width} does not divide by {factor}, as {autoencoder} needs: choose a size"
+            f"{source}: {size_name(whole[-2:], '×')} does not divide by {factor}, as {autoencoder} needs: "
+            "choose a size"
         )
     count = len(pictures.data) + len(pictures.broken)
     labels = pictures.catalogue
-    facts = [count, labels.names, labels.styles, (height, width), settings.shard, fingerprint(autoencoder)]
+    facts = [count, labels.names, labels.styles, whole, settings.shard, fingerprint(autoencoder)]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Extraction(source, autoencoder, out, (height, width), count, settings, identity)
+    return Extraction(source, autoencoder, out, whole, count, settings, identity)
 
 
 def progress_of(job: Extraction, numbers: Sequence[int]) -> tuple[list[FinishedShard], list[int]]:
@@ -216,14 +221,15 @@ class EncoderWorker:
             except DataError as error:
                 skipped.append(str(error))
         mean, log_variance = self.moments(pixels)
+        others = tuple(axis for axis in range(mean.ndim) if axis != 2)  # all but the channels
         captions = [self.catalogue.captions[row] if self.catalogue.captions else "" for row in kept]
         tensors = {
             "mean": mean,
             "log_variance": log_variance,
             "y": self.catalogue.y[kept],
             "s": self.catalogue.s[kept],
-            "total": mean.sum((0, 1, 3, 4), np.float64),
-            "total_squares": (mean.astype(np.float64) ** 2 + np.exp(log_variance)).sum((0, 1, 3, 4)),
+            "total": mean.sum(others, np.float64),
+            "total_squares": (mean.astype(np.float64) ** 2 + np.exp(log_variance)).sum(others),
         }
         metadata = {
             "identity": self.job.identity,
@@ -236,19 +242,22 @@ class EncoderWorker:
     def moments(
         self, pixels: list[npt.NDArray[np.uint8]]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Return mean and log-variance, float32 (n, 2, C, h, w) each: pictures and their mirror images."""
-        settings, (height, width) = self.job.settings, self.job.size
-        shape = 2, self.vae.channels, height // self.vae.factor, width // self.vae.factor
+        """Return mean and log-variance, float32 (n, 2, C, …, h, w) each: pictures and their mirror images."""
+        settings, (*first, height, width) = self.job.settings, self.job.size
+        shape = (2, self.vae.channels, *first, height // self.vae.factor, width // self.vae.factor)
         moments = np.zeros((2, len(pixels), *shape), np.float32)
         for start in range(0, len(pixels), settings.batch):
             planes = to_model_space(np.stack(pixels[start : start + settings.batch]))
-            x = torch.from_numpy(planes).to(settings.device)  # (b, 3, H, W)
+            x = torch.from_numpy(planes).to(settings.device)  # (b, 3, …, H, W)
             for mirrored, view in enumerate((x, x.flip(-1))):
                 with torch.inference_mode():
-                    encoded = self.vae.moments(view)
+                    encoded = frame_by_frame(self._moments, view).chunk(2, 1)
                 for target, moment in zip(moments, encoded, strict=True):
                     target[start : start + len(x), mirrored] = moment.float().cpu().numpy()
         return moments[0], moments[1]
+
+    def _moments(self, images: Tensor) -> Tensor:
+        return torch.cat(self.vae.moments(images), 1)
 
 
 def write_index(job: Extraction) -> LatentIndex | None:
@@ -268,15 +277,16 @@ def write_index(job: Extraction) -> LatentIndex | None:
         with safe_open(job.file(number), framework="np") as tensors:
             total = total + tensors.get_tensor("total")
             squares = squares + tensors.get_tensor("total_squares")
-            _, _, channels, height, width = tensors.get_slice("mean").get_shape()
-    mean = total / (count * 2 * height * width)
-    variance = squares / (count * 2 * height * width) - mean**2
+            _, _, channels, *size = tensors.get_slice("mean").get_shape()
+    values = count * 2 * math.prod(size)
+    mean = total / values
+    variance = squares / values - mean**2
     source = read_source(job.source, check=None)
     index = LatentIndex(
         autoencoder=encoder_fingerprint(job.autoencoder),
         decoder=autoencoder_kind(job.autoencoder),
         picture_size=job.size,
-        size=(height, width),
+        size=tuple(size),
         channels=channels,
         names=source.catalogue.names,
         styles=source.catalogue.styles,

@@ -1,7 +1,8 @@
 """Latents prepared for training: an autoencoder's moments in safetensors shards, with an index.
 
     <folder>/latents.json       `LatentIndex`: sizes, class names, statistics, shards
-    <folder>/00000.safetensors  `mean`, `log_variance`: float32 (n, 2, C, h, w), as drawn and mirrored
+    <folder>/00000.safetensors  `mean`, `log_variance`: float32 (n, 2, C, h, w), as drawn and mirrored;
+                                of clips (n, 2, C, F, h, w)
                                 `y`, `s`: int64 (n,)
                                 `total`, `total_squares`: float64 (C,), expected sums over draws
                                 metadata: captions and skipped pictures, as JSON
@@ -54,8 +55,8 @@ class LatentIndex(BaseModel):
     """sha256 of its weights."""
     decoder: DecoderKind = "sd-vae"
     """The kind of autoencoder."""
-    picture_size: tuple[int, int]
-    size: tuple[int, int]
+    picture_size: Size
+    size: Size
     channels: int
     names: tuple[str, ...]
     styles: tuple[str, ...]
@@ -87,7 +88,7 @@ class Moments:
         return int(self.ends[-1])
 
     def read(self, index: int, *, mirrored: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Return mean and log-variance of a picture, both (C, h, w)."""
+        """Return mean and log-variance of a picture, both (C, h, w); of a clip (C, F, h, w)."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[number - 1]) if number else 0)
         mean, log_variance = (self.shards[number].get_slice(name) for name in ("mean", "log_variance"))
@@ -96,14 +97,15 @@ class Moments:
     def normalisation(self, scale: float | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return (shift, scale), float32 (C, 1, 1) each: normalised latents are (latents − shift) / scale.
 
+        Those of clips are (C, 1, 1, 1).
+
         Without the argument `scale` these are the statistics of the set; with it, latents
         are multiplied by it.
         """
+        shape = (self.index.channels, *(1 for _ in self.index.size))
         if scale is not None:
-            shape = (self.index.channels, 1, 1)
             return np.zeros(shape, np.float32), np.full(shape, 1 / scale, np.float32)
-        mean = np.array(self.index.mean, np.float32)[:, None, None]
-        std = np.array(self.index.std, np.float32)[:, None, None]
+        mean, std = (np.array(each, np.float32).reshape(shape) for each in (self.index.mean, self.index.std))
         return mean, std
 
     def catalogue(self, *, captions: bool) -> Catalogue:
@@ -121,7 +123,7 @@ class Moments:
 class Latents(Examples):
     """A `Dataset` of latents: draws from the posterior, normalised as (latents − `shift`) / `scale`.
 
-    `shift` and `scale` are float32 (C, 1, 1).
+    `shift` and `scale` are float32 (C, 1, 1), of clips (C, 1, 1, 1).
     """
 
     moments: Moments
@@ -129,7 +131,7 @@ class Latents(Examples):
     scale: npt.NDArray[np.float32]
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         return self.moments.index.size
 
     @property
@@ -137,7 +139,7 @@ class Latents(Examples):
         return self.moments.index.channels
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Return latents `index` (n,), float32 (n, C, h, w).
+        """Return latents `index` (n,), float32 (n, C, h, w) or, of clips, (n, C, F, h, w).
 
         `rng` first decides which are mirrored (with `flip`), then draws from the posteriors.
         """
@@ -146,9 +148,9 @@ class Latents(Examples):
             self.moments.read(int(row), mirrored=bool(flip))
             for row, flip in zip(self.rows[index], flips, strict=True)
         ]
-        mean, log_variance = (np.stack(part) for part in zip(*moments, strict=True))  # (n, C, h, w) each
+        mean, log_variance = (np.stack(part) for part in zip(*moments, strict=True))  # (n, C, …, h, w) each
         noise = rng.standard_normal(mean.shape, np.float32)
-        latents = mean + np.exp(np.float32(0.5) * log_variance) * noise  # (n, C, h, w)
+        latents = mean + np.exp(np.float32(0.5) * log_variance) * noise
         normalised: npt.NDArray[np.float32] = (latents - self.shift) / self.scale
         return normalised
 
@@ -167,7 +169,7 @@ class Latents(Examples):
         """
         if size != self.size:
             raise DataError(
-                f"{self.moments.folder} holds latents of {self.size[0]}×{self.size[1]}, "
+                f"{self.moments.folder} holds latents of {size_name(self.size, '×')}, "
                 f"not {size_name(size, '×')}: extract them anew"
             )
         return self

@@ -29,7 +29,7 @@ from ditserve.model.evaluation.picture_sets import (
     generate,
     real_pictures,
 )
-from ditserve.model.nets.autoencoder import Identity
+from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.train.loaded_model import LoadedModel
 
 # From numbers in −1..1 to steps of 255.
@@ -46,10 +46,14 @@ class MotionResult:
 
 
 def measure_motion(
-    model: LoadedModel, dataset: Dataset, plan: EvaluationPlan, rows: Mapping[str, Sequence[int]]
+    model: LoadedModel,
+    decoder: PictureDecoder,
+    dataset: Dataset,
+    plan: EvaluationPlan,
+    rows: Mapping[str, Sequence[int]],
 ) -> MotionResult:
     """Generate clips for the examples of `choose_rows`, and compare them with the examples."""
-    decoder, columns, clips = Identity(), {}, {}
+    columns, clips = {}, {}
     for name in (GENERATED, UNSEEN):
         if index := rows.get(name):
             seed = plan.seed if name == GENERATED else plan.seed + len(rows[GENERATED])

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from ditserve.model.spec.bundle import PIPELINE, SMALL_AUTOENCODER, digest, whol
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import SD_SCALE, DecoderKind, LatentSpec, Manifest
 from ditserve.model.spec.pipeline_folder import VAE
+from ditserve.model.spec.sizes import frame_by_frame
 
 # The field of a manifest's provenance that holds the `fingerprint` of what made the model's latents.
 AUTOENCODER = "autoencoder"
@@ -36,7 +38,10 @@ class AutoencoderError(ModelError):
 
 
 class PictureDecoder(Protocol):
-    """A map from what the network denoises (N, C, h, w) to images (N, 3, H, W) in [−1, 1]."""
+    """A map from what the network denoises (N, C, h, w) to images (N, 3, H, W) in [−1, 1].
+
+    Clips have their frames between channels and height.
+    """
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
@@ -64,6 +69,8 @@ class Identity:
 class LatentAutoencoder(ABC):
     """An autoencoder whose latents have a mean and a variance, normalised as `spec` says.
 
+    Clips (N, 3, F, H, W) are encoded and decoded frame by frame.
+
     `network` is the module, `channels` those of a latent, and `factor` the pixels that a latent covers on a
     side.
 
@@ -90,6 +97,9 @@ class LatentAutoencoder(ABC):
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return latents (N, C, H/f, W/f): a draw, or without a generator the mean."""
+        return frame_by_frame(partial(self._encode, generator=generator), images)
+
+    def _encode(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         mean, log_variance = self.moments(images)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -100,6 +110,9 @@ class LatentAutoencoder(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (N, 3, f·h, f·w) of latents (N, C, h, w)."""
+        return frame_by_frame(self._decode, latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         shift, scale = self._normalisation(latents)
         return self.pixels(latents * scale + shift)
 
@@ -228,10 +241,10 @@ def open_autoencoder(
 def autoencoder_folder(model: Path, given: Path | None) -> Path | None:
     """Return `given`, or else the autoencoder in the bundle `model`: a pipeline's, or a small one.
 
-    A further backbone has that of the bundle that it lies in.
+    A further backbone without one has that of the bundle that it lies in.
     """
     bundle = whole_of(model) or model
-    own = (bundle / PIPELINE / VAE, bundle / SMALL_AUTOENCODER)
+    own = (model / SMALL_AUTOENCODER, bundle / PIPELINE / VAE, bundle / SMALL_AUTOENCODER)
     return given or next((folder for folder in own if folder.is_dir()), None)
 
 

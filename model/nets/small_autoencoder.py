@@ -26,8 +26,10 @@ class SmallAutoencoderConfig:
     """The sizes of a small autoencoder.
 
     `widths` are the channels at half the size of the picture, and after each further halving: three widths
-    make latents with sides 8 times smaller. `blocks` are the residual blocks at each width, in the encoder
-    and in the decoder. `noise` is the standard deviation of a latent's draws.
+    make latents with sides 8 times smaller. `blocks` are the residual blocks at each width. A decoder whose
+    `decoder_widths` and `decoder_blocks` are empty has those of the encoder. It ends with a residual block of
+    `full_width` channels at the full size of the picture; 0: without. `noise` is the standard deviation of a
+    latent's draws.
 
     Raises:
         ValueError: a size that cannot be; the message names the field.
@@ -37,18 +39,31 @@ class SmallAutoencoderConfig:
     widths: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (1, 2, 3)
     noise: float = 0.1
+    decoder_widths: tuple[int, ...] = ()
+    decoder_blocks: tuple[int, ...] = ()
+    full_width: int = 16
 
     def __post_init__(self) -> None:
         if self.latent_channels < 1:
             raise ValueError(f"latent_channels must be at least 1, not {self.latent_channels}")
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths must be positive channels, one or more, not {self.widths}")
-        if len(self.blocks) != len(self.widths) or min(self.blocks) < 0:
-            raise ValueError(
-                f"blocks must be {len(self.widths)} counts, one for each width, not {self.blocks}"
-            )
+        if not self.widths:
+            raise ValueError("widths must be positive channels, one or more, not none")
+        for prefix, (widths, blocks) in {"": (self.widths, self.blocks), "decoder_": self.decoder}.items():
+            if len(widths) != len(self.widths) or min(widths) < 1:
+                raise ValueError(f"{prefix}widths must be {len(self.widths)} positive channels, not {widths}")
+            if len(blocks) != len(widths) or min(blocks) < 0:
+                raise ValueError(
+                    f"{prefix}blocks must be {len(widths)} counts, one for each width, not {blocks}"
+                )
+        if self.full_width < 0:
+            raise ValueError(f"full_width must be channels, or 0 for no block there, not {self.full_width}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise must be a standard deviation, not {self.noise}")
+
+    @property
+    def decoder(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The widths and the blocks of the decoder."""
+        return self.decoder_widths or self.widths, self.decoder_blocks or self.blocks
 
     @property
     def log_variance(self) -> float:
@@ -136,7 +151,7 @@ class SmallAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = _encoder(config.widths, config.blocks, config.latent_channels)
-        self.decoder = _decoder(config.widths, config.blocks, config.latent_channels)
+        self.decoder = _decoder(*config.decoder, config.latent_channels, config.full_width)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents (N, C, H/f, W/f) of pictures: the mean of their draws."""
@@ -161,12 +176,16 @@ def _encoder(widths: Sequence[int], blocks: Sequence[int], channels: int) -> nn.
     return nn.Sequential(*layers, PixelNorm(inputs), nn.Conv2d(inputs, channels, 3, padding=1))
 
 
-def _decoder(widths: Sequence[int], blocks: Sequence[int], channels: int) -> nn.Sequential:
+def _decoder(widths: Sequence[int], blocks: Sequence[int], channels: int, full_width: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1)]
-    for width, count, outputs in zip(widths[::-1], blocks[::-1], (*widths[-2::-1], 16), strict=True):
+    for width, count, outputs in zip(
+        widths[::-1], blocks[::-1], (*widths[-2::-1], full_width or 3), strict=True
+    ):
         layers += [*(ConvBlock(width) for _ in range(count)), Doubling(width, outputs)]
+    if not full_width:
+        return nn.Sequential(*layers)
     # Two thin convolutions at the full size, where fine lines are drawn.
-    return nn.Sequential(*layers, ConvBlock(16), nn.Conv2d(16, 3, 3, padding=1))
+    return nn.Sequential(*layers, ConvBlock(full_width), nn.Conv2d(full_width, 3, 3, padding=1))
 
 
 def load_small_autoencoder(folder: Path) -> SmallAutoencoder:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditserve.model.nets.autoencoder import PictureAutoencoder
 from ditserve.model.sampling.prompt import SampleError
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import Size, scaled
 from ditserve.model.spec.source import DEFAULT_STRENGTH, SourceLatent
 
 
@@ -66,7 +66,7 @@ class SourceFiles:
         factor = autoencoder.factor
         height, width = size[-2] * factor, size[-1] * factor
         if self.moves:
-            return self._read_clip(size, device)
+            return self._read_clip(size, autoencoder, device)
         pixels = _read(self.image, "RGB", height, width).permute(2, 0, 1)  # (3, H, W)
         latent = autoencoder.encode((pixels / 127.5 - 1.0)[None].to(device))[0]
         if self.mask is None:
@@ -74,17 +74,20 @@ class SourceFiles:
         repainted = _read(self.mask, "L", height, width)[None] / 255.0  # (1, H, W)
         return SourceLatent(latent, F.max_pool2d(repainted, factor).to(device))
 
-    def _read_clip(self, size: Size, device: torch.device) -> SourceLatent[Tensor]:
-        """Return a clip of pixels (3, F, H, W): the file's frames, or its one frame, which alone stays."""
+    def _read_clip(
+        self, size: Size, autoencoder: PictureAutoencoder, device: torch.device
+    ) -> SourceLatent[Tensor]:
+        """Return a clip's latent (C, F, h, w): of the file's frames, or of one frame, which alone stays."""
         assert self.image is not None
-        frames, count = size[0], _frame_count(self.image)
+        (frames, height, width), count = scaled(size, autoencoder.factor), _frame_count(self.image)
         if count not in (1, frames):
             raise SampleError(
                 f"{self.image} has {count} frames, and a clip here has {frames}: give as many, or one to "
                 "begin with"
             )
-        read = [_read(self.image, "RGB", size[-2], size[-1], k % count) for k in range(frames)]
-        clip = (torch.stack(read).permute(3, 0, 1, 2) / 127.5 - 1.0).to(device)
+        read = [_read(self.image, "RGB", height, width, k % count) for k in range(frames)]
+        pixels = torch.stack(read).permute(3, 0, 1, 2) / 127.5 - 1.0  # (3, F, H, W)
+        clip = autoencoder.encode(pixels[None].to(device))[0]
         if count > 1 or frames == 1:
             return SourceLatent(clip)
         drawn = torch.ones(1, *size, device=device)

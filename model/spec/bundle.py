@@ -8,7 +8,8 @@
              decoder.onnx         latent → image, of a model on latents
              encoder.onnx         image → latent, which edits of pictures need
              pipeline/            an imported diffusers pipeline, whose transformer is the network
-             backbones/<name>/    another network of the same latents: its weights and graphs
+             backbones/<name>/    another network of the same latents: its weights and graphs, and the
+                                  decoder of what it finishes, if that is another
 
 Nothing is ever unpickled. A file that is missing, altered or named with a path is refused with one sentence
 that names it.
@@ -131,7 +132,9 @@ class Bundle:
         return self.whole if self.shared_weights and name in CONDITION_GRAPHS else None
 
     def backbone(self, name: str, *, decoder: bool = False) -> Bundle:
-        """Return a further backbone as a bundle of its own; it has no decoder, or that of this bundle.
+        """Return a further backbone as a bundle of its own.
+
+        Without a decoder of its own it has none, or with `decoder` that of this bundle.
 
         Raises:
             BundleError: the bundle has none of this name.
@@ -143,6 +146,7 @@ class Bundle:
         files = self.manifest.files.items()
         own_files = {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)}
         decoding = (*AUTOENCODER_GRAPHS, f"{SMALL_AUTOENCODER}/") if decoder else ()
+        decodes = decoder or DECODER in own_files
         autoencoder = {file: entry for file, entry in files if file.startswith(decoding)}
         own = {
             "name": f"{self.manifest.name}-{name}",
@@ -153,7 +157,7 @@ class Bundle:
             "metrics": spec.metrics,
             "defaults": spec.defaults,
             "guidance": spec.guidance,
-            "decoder": self.manifest.decoder if decoder else "identity",
+            "decoder": self.manifest.decoder if decodes else "identity",
             "backbones": {},
             "ladder": (),
             "golden": None,

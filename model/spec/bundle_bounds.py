@@ -105,8 +105,8 @@ def check_network(config: BundleConfig) -> None:
         )
 
 
-def check_axes(config: BundleConfig, first_axis: str | None, fps: float | None, *, pixels: bool) -> None:
-    """Refuse a third axis of which nothing is known, or that a decoder of pictures would lose."""
+def check_axes(config: BundleConfig, first_axis: str | None, fps: float | None, decoder: str) -> None:
+    """Refuse a third axis of which nothing is known, or that the decoder would lose."""
     axes = len(config.image_size)
     if axes == 3 and first_axis is None:
         raise ValueError("field first_axis: say what the first of three axes is, frames or depth")
@@ -114,8 +114,8 @@ def check_axes(config: BundleConfig, first_axis: str | None, fps: float | None, 
         raise ValueError(f"field first_axis: config.image_size has two axes, and {first_axis} is for three")
     if (fps is None) == (first_axis == "frames"):
         raise ValueError("field fps: frames need it, the frames in a second, and nothing else has it")
-    if axes == 3 and not pixels:
-        raise ValueError("field decoder: three axes are of pixels, so it must be identity")
+    if axes == 3 and decoder == "pipeline":
+        raise ValueError("field decoder: a pipeline draws pictures, and config.image_size has three axes")
 
 
 def check_backbone(field: str, config: BundleConfig, own: BundleConfig) -> None:

@@ -252,7 +252,7 @@ class Manifest(StrictModel):
         bounds.check_factors(self.factors, self.config)
         bounds.check_state(self.state)
         pixels = self.decoder == "identity"
-        bounds.check_axes(self.config, self.first_axis, self.fps, pixels=pixels)
+        bounds.check_axes(self.config, self.first_axis, self.fps, self.decoder)
         bounds.check_pictures(self.config, self.upscale, pixels=pixels)
         bounds.check_provenance(self.provenance)
         if self.diffusion.clip_x0 and not pixels:

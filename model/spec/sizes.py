@@ -5,12 +5,14 @@ A network treats all axes alike; a manifest says what the first of three is. Pur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 # Along each axis: pixels, latent pixels or tokens. Height and width are the last two.
 Size = tuple[int, ...]
 FirstAxis = Literal["frames", "depth"]
+# An array of numpy or a tensor of torch.
+Planes = TypeVar("Planes", bound=Any)
 # The names of the axes in the messages of errors, by their number.
 AXES = {2: "(height, width)", 3: "(frames or depth, height, width)"}
 
@@ -30,6 +32,19 @@ def patch_along(patch_size: int | Sequence[int], axes: int) -> Size:
 def scaled(size: Size, factor: int) -> Size:
     """Return a size with height and width multiplied; no autoencoder here changes a third axis."""
     return (*size[:-2], size[-2] * factor, size[-1] * factor)
+
+
+def frame_by_frame(of_pictures: Callable[[Planes], Planes], x: Planes) -> Planes:
+    """Return what a map of pictures (N, C, h, w) makes of `x`, which may be clips (N, C, F, h, w).
+
+    They are F pictures each, and come back as clips.
+    """
+    if x.ndim == 4:
+        return of_pictures(x)
+    rows, frames = x.shape[0], x.shape[2]
+    made = of_pictures(x.swapaxes(1, 2).reshape(rows * frames, x.shape[1], *x.shape[3:]))
+    clips: Planes = made.reshape(rows, frames, *made.shape[1:]).swapaxes(1, 2)
+    return clips
 
 
 def check_size(

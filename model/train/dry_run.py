@@ -18,7 +18,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.sampling.sheet import sheet_labels, to_pixels
 from ditserve.model.spec.grids import noise_levels
-from ditserve.model.spec.sizes import Size
+from ditserve.model.spec.sizes import Size, size_name
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.load import SHEET_STEPS, run_defaults
@@ -201,7 +201,7 @@ def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[s
         parts = ("weights", "teacher", "gradients", "optimizer", "averages", "activations")
         sizes = ", ".join(f"{part} {getattr(memory, part) / 2**20:.0f}" for part in parts)
         yield (
-            f"{stage.size[0]}×{stage.size[1]}: {stage.macs / 1e9:.3f} GMACs a row forward, "
+            f"{size_name(stage.size, '×')}: {stage.macs / 1e9:.3f} GMACs a row forward, "
             f"{stage.step_flops / 1e9:.0f} GFLOPs a step; {stage.images_per_s:.1f} img/s; "
             f"{stage.steps} steps take {timedelta(seconds=round(stage.seconds))}"
         )

@@ -229,5 +229,5 @@ def _latent_spec(dataset: Latents) -> LatentSpec:
     return LatentSpec(
         shift=tuple(dataset.shift.flatten().tolist()),
         scale=tuple(dataset.scale.flatten().tolist()),
-        factor=dataset.moments.index.picture_size[0] // dataset.moments.index.size[0],
+        factor=dataset.moments.index.picture_size[-1] // dataset.moments.index.size[-1],
     )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ditserve.model.spec.bundle import DECODER, ENCODER, Bundle
+from ditserve.model.spec.sizes import frame_by_frame
 from ditserve.service.backends import NO_ENCODER, Floats
 from ditserve.service.backends.sessions import CPU, CUDA, open_session, run_session, session_options
 from ditserve.service.errors import InvalidRequest
@@ -27,7 +28,10 @@ class AutoencoderGraphs:
         self._encoder = open_session(bundle, ENCODER, options, providers) if has_encoder else None
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        return to_pixels(run_session(self._decoder, ["image"], {"latent": latents})[0])
+        return to_pixels(frame_by_frame(self._images, latents))
+
+    def _images(self, latents: Floats) -> Floats:
+        return run_session(self._decoder, ["image"], {"latent": latents})[0]
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
         if self._encoder is None:

@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -15,7 +15,7 @@ import structlog
 import uvloop
 
 from ditserve.model.spec.adapters import AdapterFile
-from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.bundle import DECODER, Bundle
 from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends import (
     CONDITIONER_ROWS_GPU,
@@ -192,9 +192,9 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
                 return True
             backend, engine = backends[""], build_engine(backends, settings, embeddings)
             report("warming up")
-            await asyncio.to_thread(_warm_up, engine, backend)
+            await asyncio.to_thread(_warm_up, engine, backends)
             keep_what_is_there()
-        parts = worker_parts(backend, engine, broker, embeddings, tracing)
+        parts = worker_parts(backends, engine, broker, embeddings, tracing)
         identity = worker_identity(name, model, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))
         metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
@@ -221,11 +221,13 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             backend.close()
 
 
-def _warm_up(engine: Engine, backend: Backend) -> None:
+def _warm_up(engine: Engine, backends: Mapping[str, Backend]) -> None:
     """Run batches, and on a GPU decode, where nobody waits yet."""
     engine.warm_up(WARM_UP_S)
-    if backend.conditioner_rows == CONDITIONER_ROWS_GPU:
-        _warm_decoder(backend)
+    for name, backend in backends.items():
+        decodes = not name or DECODER in backend.manifest.files
+        if decodes and backend.conditioner_rows == CONDITIONER_ROWS_GPU:
+            _warm_decoder(backend)
 
 
 def _warm_decoder(backend: Backend) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from math import lcm
 
+from ditserve.model.spec.bundle import DECODER
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.text_encoder import text_encoder_name
@@ -133,10 +134,11 @@ def _engine(backends: Mapping[str, Backend], settings: Settings, shared: SharedC
 
 
 def worker_parts(
-    backend: Backend, engine: Engine, broker: Broker, embeddings: Embeddings, tracing: Tracing
+    backends: Mapping[str, Backend], engine: Engine, broker: Broker, embeddings: Embeddings, tracing: Tracing
 ) -> WorkerParts:
     """Return the parts of a worker whose engine is warm."""
-    manifest, previews = backend.manifest, None
+    backend, previews = backends[""], None
+    manifest = backend.manifest
     if manifest.decoder in LARGE_DECODERS:
         previews = PreviewDecoder(backend, channels=manifest.config.in_channels, factor=manifest.upscale)
     return WorkerParts(
@@ -147,6 +149,7 @@ def worker_parts(
         factors=manifest.factors,
         kind=kind_of(manifest),
         unguided_scale=manifest.diffusion.unguided_scale,
+        further={name: each for name, each in backends.items() if name and DECODER in each.manifest.files},
         previews=previews,
         encoder=backend,
         observe=EngineMetrics(engine, embeddings),

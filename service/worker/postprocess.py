@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Protocol, TypeVar
@@ -51,7 +51,8 @@ class Postprocessor:
 
     `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
     metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. The model makes media
-    of this `kind`. `previews` decodes previews; None: `decoder` does. `encoder` makes latents of pictures.
+    of this `kind`. `further` decodes what a further backbone of that name finished; others are decoded by
+    `decoder`. `previews` decodes previews; None: `decoder` does. `encoder` makes latents of pictures.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Postprocessor:
         *,
         kind: MediaKind = "picture",
         unguided_scale: float = 1.0,
+        further: Mapping[str, Decoder] | None = None,
         previews: Decoder | None = None,
         encoder: PictureEncoder | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class Postprocessor:
         self._kind = kind
         self._encoder = encoder
         self._decoder, self._factors, self._unguided_scale = decoder, factors, unguided_scale
+        self._further = further or {}
         self._previews = previews or decoder
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
 
@@ -99,9 +102,10 @@ class Postprocessor:
 
     def _images(self, batch: Sequence[FinishedSample]) -> list[EncodedImage]:
         images: list[EncodedImage] = []
-        for samples in _decode_batches(batch):
+        for backbone, samples in _decode_batches(batch):
+            decoder = self._further.get(backbone, self._decoder)
             began = time.perf_counter()
-            pixels = self._decoder.decode(np.stack([finished.latent for _, finished in samples]))
+            pixels = decoder.decode(np.stack([finished.latent for _, finished in samples]))
             decode_s = time.perf_counter() - began
             metrics.DECODE_SECONDS.observe(decode_s)
             images += [
@@ -168,8 +172,10 @@ def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> Floats:
 def _keep_pixels(pixels: npt.NDArray[np.uint8], source: SourcePicture) -> npt.NDArray[np.uint8]:
     """Return decoded pixels (H, W, 3) with those of the source put back where its mask keeps them.
 
-    An autoencoder does not give back what was encoded.
+    Of a clip (F, H, W, 3) that is the first frame. An autoencoder does not give back what was encoded.
     """
+    if pixels.ndim == 4:
+        return np.concatenate([decode(source.image)[None], pixels[1:]])
     if source.mask is None:
         return pixels
     mask, kept = decode(source.mask)[..., None].astype(np.uint32), decode(source.image).astype(np.uint32)
@@ -177,9 +183,17 @@ def _keep_pixels(pixels: npt.NDArray[np.uint8], source: SourcePicture) -> npt.ND
     return ((blended + REPAINTED // 2) // REPAINTED).astype(np.uint8)
 
 
-def _decode_batches(batch: Sequence[FinishedSample]) -> Iterator[Sequence[FinishedSample]]:
-    """Yield the samples to decode together: in order, of one size, at most `DECODED_AT_ONCE`."""
-    for _, group in groupby(batch, key=lambda sample: sample[1].latent.shape):
-        same_size = list(group)
-        for start in range(0, len(same_size), DECODED_AT_ONCE):
-            yield same_size[start : start + DECODED_AT_ONCE]
+def _decode_batches(batch: Sequence[FinishedSample]) -> Iterator[tuple[str, Sequence[FinishedSample]]]:
+    """Yield the backbone that finished samples, and those to decode together.
+
+    They are in order, of one size, and at most `DECODED_AT_ONCE`.
+    """
+    for (_, backbone), group in groupby(batch, key=_decoded_alike):
+        alike = list(group)
+        for start in range(0, len(alike), DECODED_AT_ONCE):
+            yield backbone, alike[start : start + DECODED_AT_ONCE]
+
+
+def _decoded_alike(sample: FinishedSample) -> tuple[tuple[int, ...], str]:
+    _, finished = sample
+    return finished.latent.shape, finished.rung.last_backbone

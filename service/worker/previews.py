@@ -39,12 +39,13 @@ class PreviewDecoder:
         self._decoder, self._channels, self._factor = decoder, channels, factor
 
     def decode(self, latents: Floats) -> Pixels:
-        """Return approximate pixels (B, H, W, 3) of latents (B, C, h, w)."""
+        """Return approximate pixels (B, H, W, 3) of latents (B, C, h, w), and of clips likewise."""
         colours = np.clip(np.rint(_with_intercept(latents) @ self._projection), 0, 255).astype(np.uint8)
-        _, height, width, _ = colours.shape
+        *rows, height, width, _ = colours.shape
         size = width * self._factor, height * self._factor
-        pictures = [Image.fromarray(rows).resize(size, Image.Resampling.BILINEAR) for rows in colours]
-        return np.stack([np.asarray(picture) for picture in pictures])
+        frames = colours.reshape(-1, height, width, 3)
+        pictures = [Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR) for frame in frames]
+        return np.stack([np.asarray(picture) for picture in pictures]).reshape(*rows, *size[::-1], 3)
 
     @cached_property
     def _projection(self) -> Floats:
@@ -80,5 +81,7 @@ def mean_colours(pixels: Pixels, factor: int) -> Floats:
 
 
 def _with_intercept(latents: Floats) -> Floats:
-    """Return the channels (B, h, w, C + 1) of the pixels of latents (B, C, h, w), and 1."""
-    return np.pad(latents.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1.0)
+    """Return the channels (B, …, h, w, C + 1) of the pixels of latents (B, C, …, h, w), and 1."""
+    channels = np.moveaxis(latents, 1, -1)
+    ones = np.ones((*channels.shape[:-1], 1), np.float32)
+    return np.concatenate([channels, ones], axis=-1)

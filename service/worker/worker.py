@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,9 @@ class WorkerParts:
 
     `factors` name the classes in the metadata of files, which are of this `kind` and count guidance from
     `unguided_scale`.
-    `observe` is called with the report of every step, in the engine's thread. `previews` decodes previews in
-    place of `decoder`. `encoder` makes latents of the pictures that requests start from.
+    `observe` is called with the report of every step, in the engine's thread. `further` decodes what a
+    further backbone of that name finished, and `previews` previews, in place of `decoder`. `encoder` makes
+    latents of the pictures that requests start from.
     """
 
     broker: Broker
@@ -62,6 +63,7 @@ class WorkerParts:
     factors: Sequence[Factor] = ()
     kind: MediaKind = "picture"
     unguided_scale: float = 1.0
+    further: Mapping[str, Decoder] | None = None
     previews: Decoder | None = None
     encoder: PictureEncoder | None = None
     observe: Callable[[StepReport], None] = lambda report: None
@@ -85,6 +87,7 @@ class Worker:
             parts.factors,
             kind=parts.kind,
             unguided_scale=parts.unguided_scale,
+            further=parts.further,
             previews=parts.previews,
             encoder=parts.encoder,
         )

@@ -10,12 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ditserve.export.backbone import add_backbone, main
+from ditserve.export.decoder import save_autoencoder
+from ditserve.export.errors import ExportError
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures
 from ditserve.model.evaluation.ladder_plan import stitched_points
-from ditserve.model.nets.autoencoder import autoencoder_folder
+from ditserve.model.nets.autoencoder import SmallVae, autoencoder_folder
+from ditserve.model.nets.small_autoencoder import (
+    SmallAutoencoder,
+    load_small_autoencoder,
+    save_small_autoencoder,
+)
 from ditserve.model.spec.bundle import MANIFEST, Bundle, whole_of, write_manifest
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import StretchSpec
@@ -23,6 +31,7 @@ from ditserve.model.spec.output_folder import OutputError, revision
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle, save_model
 from ditserve.service.backends import load_backend
+from ditserve.service.images import to_pixels
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +82,44 @@ def test_a_stretch_of_the_same_network_draws_the_same_pictures(twins: Path) -> N
         stretches = tuple(StretchSpec(above=above, backbone=name) for above, name in parts)
         point = OperatingPoint("ddim", 6, "trailing", (0.0, 1.0), stretches)
         assert draw_pictures(model, inputs, point).equal(own), point.name
+
+
+def test_another_decoder_of_the_same_latents_comes_along(prompted_bundle: Path, tmp_path: Path) -> None:
+    """A lighter decoder draws what the further network finishes, as a bundle of its own and in a service."""
+    own, source = tmp_path / "own", tmp_path / "source"
+    for folder in (own, source):
+        shutil.copytree(prompted_bundle, folder)
+    torch.manual_seed(1)
+    lighter = SmallAutoencoder(
+        replace(load_small_autoencoder(own / "autoencoder").config, decoder_widths=(4,), full_width=0)
+    )
+    save_small_autoencoder(source / "autoencoder", lighter, {})
+    manifest = Bundle.open(own).manifest
+    save_autoencoder(SmallVae(lighter, manifest.latents), source, manifest.config.in_channels)
+    write_manifest(source, manifest)
+    add_backbone(own, "same", prompted_bundle)
+    add_backbone(own, "light", source)
+    bundle = Bundle.open(own)
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    parts = {"": bundle, "same": bundle.backbone("same"), "light": bundle.backbone("light")}
+    assert [part.manifest.decoder for part in parts.values()] == ["small", "identity", "small"]
+    for kind in ("onnx", "torch"):
+        decoded = {}
+        for name, part in parts.items():
+            with closing(load_backend(kind, part, precision="fp32")) as backend:
+                if name != "same":
+                    decoded[name] = backend.decode(latents)
+        assert (decoded[""] != decoded["light"]).mean() > 0.5
+        vae = SmallVae(load_small_autoencoder(own / "backbones" / "light" / "autoencoder"), manifest.latents)
+        expected = to_pixels(vae.decode(torch.from_numpy(latents)).numpy())
+        assert np.abs(decoded["light"].astype(int) - expected).max() <= 1
+    folder = own / "backbones" / "light"
+    assert autoencoder_folder(folder, None) == folder / "autoencoder"
+    assert Bundle.open(folder).file("encoder.onnx") == own / "encoder.onnx"
+    other = manifest.model_copy(update={"provenance": {**manifest.provenance, "autoencoder": "0" * 64}})
+    write_manifest(source, other)
+    with pytest.raises(ExportError, match="is of another latents than"):
+        add_backbone(own, "light", source)
 
 
 def test_the_points_to_measure_have_every_backbone_at_either_end(twins: Path) -> None:

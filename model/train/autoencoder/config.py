@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import model_validator
-
 from ditserve.model.data.dataset import NamedPath
 from ditserve.model.nets.small_autoencoder import SmallAutoencoderConfig
 from ditserve.model.train.run_config import Count, Positive, RunConfig, Weight, read_fields
@@ -20,7 +18,7 @@ class AutoencoderTrainConfig(RunConfig):
     autoencoder: SmallAutoencoderConfig = SmallAutoencoderConfig()
     decoder_of: NamedPath | None = None
     """Go on from the autoencoder in this folder, and train its decoder alone: latents that its encoder made
-    stay what they are. Its sizes are those of the folder."""
+    stay what they are. `autoencoder` may then name the sizes of another decoder, which begins anew."""
     batch: Count = 16
     lr: Positive = 2e-3
     crop: Count | None = None
@@ -30,12 +28,6 @@ class AutoencoderTrainConfig(RunConfig):
     and areas flat."""
     latent_weight: Weight = 1e-4
     """Weight of the mean squared latent."""
-
-    @model_validator(mode="after")
-    def _sizes_once(self) -> AutoencoderTrainConfig:
-        if self.decoder_of is not None and "autoencoder" in self.model_fields_set:
-            raise ValueError("decoder_of names a folder that has its sizes: leave autoencoder out")
-        return self
 
 
 def load_autoencoder_config(file: Path) -> AutoencoderTrainConfig:

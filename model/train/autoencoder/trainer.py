@@ -17,7 +17,7 @@ from ditserve.model.data.examples import DataError, batch_indices
 from ditserve.model.data.texture import edge_error, grain, psnr, ssim
 from ditserve.model.distributed.parallel import single_process
 from ditserve.model.nets.autoencoder import SmallVae, fingerprint, open_latent_autoencoder
-from ditserve.model.nets.small_autoencoder import SmallAutoencoder
+from ditserve.model.nets.small_autoencoder import SmallAutoencoder, SmallAutoencoderConfig
 from ditserve.model.train.autoencoder.config import AutoencoderTrainConfig
 from ditserve.model.train.checkpoint import TrainingState, restore, save
 from ditserve.model.train.ema import Ema
@@ -69,6 +69,10 @@ class AutoencoderTrainer:
         self.checkpoints = config.output / "checkpoints"
         fixed = {key: value for key, value in config.model_dump(mode="json").items() if key not in CHANGEABLE}
         self.identity: dict[str, Any] = {**fixed, "content": self.dataset.fingerprint()}
+        # As in the checkpoints of releases whose decoders were all like their encoders.
+        for field in ("decoder_widths", "decoder_blocks", "full_width"):
+            if getattr(config.autoencoder, field) == getattr(SmallAutoencoderConfig, field):
+                del self.identity["autoencoder"][field]
         if config.decoder_of is None:
             # As in the checkpoints of releases that always trained both halves.
             del self.identity["decoder_of"]
@@ -83,8 +87,24 @@ class AutoencoderTrainer:
         opened = open_latent_autoencoder(folder)
         if not isinstance(opened, SmallVae):
             raise DataError(f"decoder_of: {folder} holds no autoencoder of model.train.autoencoder")
-        network = opened.autoencoder.train()
-        network.decoder.requires_grad_(True)
+        network = opened.autoencoder
+        if "autoencoder" in self.config.model_fields_set:
+            network = self._with_new_decoder(network)
+        network.train().decoder.requires_grad_(True)
+        return network
+
+    def _with_new_decoder(self, trained: SmallAutoencoder) -> SmallAutoencoder:
+        """Return the encoder of an autoencoder with a decoder of the configured sizes, not trained."""
+        sizes = self.config.autoencoder
+        for field in ("latent_channels", "widths", "blocks", "noise"):
+            own, asked = getattr(trained.config, field), getattr(sizes, field)
+            if own != asked:
+                raise DataError(
+                    f"autoencoder.{field} is {asked}, and that of {self.config.decoder_of}, whose encoder "
+                    f"stays, {own}: name another decoder by decoder_widths and decoder_blocks"
+                )
+        network = SmallAutoencoder(sizes)
+        network.encoder = trained.encoder
         return network
 
     def _check_size(self) -> None:

@@ -19,7 +19,7 @@ from ditserve.model.data import __main__ as data
 from ditserve.model.data.dataset import DataConfig, DataError
 from ditserve.model.data.examples import to_model_space
 from ditserve.model.data.extraction import EncoderSettings, extract, plan_extraction, progress_of, write_index
-from ditserve.model.data.latents import INDEX, LatentIndex
+from ditserve.model.data.latents import INDEX, LatentIndex, Latents
 from tests.model.data.data_forms import CARD, FORMS, NAMES, PAIRS, pictures
 
 ALL = np.arange(len(PAIRS))
@@ -97,6 +97,33 @@ def test_statistics_are_those_of_draws(prepared: Path) -> None:
     draws = mean + std * np.random.default_rng(0).standard_normal((400, *mean.shape))
     np.testing.assert_allclose(index.mean, draws.mean((0, 1, 2, 4, 5)), atol=0.02)
     np.testing.assert_allclose(index.std, draws.std((0, 1, 2, 4, 5)), rtol=0.02)
+
+
+def test_clips_are_encoded_frame_by_frame(
+    vae: AutoencoderKL, prepared: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four clips of three frames are the twelve pictures of the set in other words."""
+    clips = tmp_path / "clips.npz"
+    x = pictures().reshape(4, 3, 8, 8, 3)
+    np.savez(clips, x=x, y=np.arange(4), names=np.array(list("abcd")))
+    clips.with_suffix(".json").write_text(json.dumps({**CARD, "first_axis": "frames", "fps": 6}))
+    out = tmp_path / "out"
+    assert data.main(["latents", str(clips), "--autoencoder", str(autoencoder), "--out", str(out)]) == 0
+    assert "4 latents of 4×3×4×4" in capsys.readouterr().out
+    mean, _ = on_the_fly(vae, mirrored=True)
+    mirrored = read(out, "mean")[:, 1].swapaxes(1, 2).reshape(12, 4, 4, 4)
+    np.testing.assert_allclose(mirrored, mean, atol=1e-5)
+    own, parts = (
+        LatentIndex.model_validate_json((folder / INDEX).read_bytes()) for folder in (out, prepared)
+    )
+    np.testing.assert_allclose((own.mean, own.std), (parts.mean, parts.std), rtol=1e-4)
+    dataset = DataConfig(path=out, hold_out=0, crossed=False).open()
+    assert (dataset.size, dataset.first_axis, dataset.fps) == ((3, 4, 4), "frames", 6)
+    still = DataConfig(path=prepared, hold_out=0).open()
+    assert isinstance(dataset, Latents)
+    assert isinstance(still, Latents)
+    assert dataset.batch(np.arange(4), np.random.default_rng(1)).shape == (4, 4, 3, 4, 4)
+    np.testing.assert_allclose(dataset.shift.ravel(), still.shift.ravel(), rtol=1e-4)
 
 
 def test_training_data_is_drawn_and_normalised(vae: AutoencoderKL, prepared: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.samples import Finished
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.images import from_pixels
@@ -79,6 +80,22 @@ async def test_images_of_one_size_are_decoded_together_and_the_order_is_kept(mak
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
     assert pictures[-1].info["windows"] == "3"
     assert "windows" not in pictures[0].info
+
+
+async def test_what_another_backbone_finished_its_own_decoder_decodes(make_running: Make) -> None:
+    own, other = Decoder(), Decoder()
+    running = make_running(seeds=(1, 2, 3, 4))
+    alone = running.requests[0].rung
+    stitched = replace(alone, stretches=(Stretch(0.5, ""), Stretch(0.0, "student")))
+    begun = replace(alone, stretches=(Stretch(0.5, "student"),))
+    rungs = (alone, stitched, stitched, begun)
+    samples = zip(done(running, (4, 6)), rungs, strict=True)
+    batch = [(job, replace(finished, rung=rung)) for (job, finished), rung in samples]
+    postprocessor = Postprocessor(own, further={"student": other})
+    images = await postprocessor.images(batch)
+    postprocessor.close()
+    assert (own.shapes, other.shapes) == ([(1, 3, 4, 6), (1, 3, 4, 6)], [(2, 3, 4, 6)])
+    assert [image.finished.id for image in images] == [finished.id for _, finished in batch]
 
 
 RANDOM = np.random.default_rng(0)

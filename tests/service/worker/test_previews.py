@@ -84,5 +84,7 @@ def test_previews_of_a_small_decoder_are_decoded(make_backend: Any, decoder: str
     backend = make_backend()
     backend.manifest = backend.manifest.model_copy(update={"decoder": decoder})
     unused: Any = SimpleNamespace()
-    parts = worker_parts(backend, build_engine({"": backend}, Settings.load([])), unused, unused, unused)
+    parts = worker_parts(
+        {"": backend}, build_engine({"": backend}, Settings.load([])), unused, unused, unused
+    )
     assert (parts.previews is not None) == projected

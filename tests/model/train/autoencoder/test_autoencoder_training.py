@@ -132,10 +132,35 @@ def test_a_decoder_is_trained_alone_on_latents_that_stay(trained: Path, tmp_path
         open_decoder(other, tmp_path / "run" / "autoencoder")
 
 
+def test_a_lighter_decoder_is_trained_for_an_encoder_that_stays(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lighter = {**SMALL, "decoder_widths": [4, 8], "decoder_blocks": [0, 1], "full_width": 0}
+    folder = str(trained / "autoencoder")
+    assert main(["--config", str(run(tmp_path, decoder_of=folder, autoencoder=lighter))]) == 0
+    before = load_small_autoencoder(trained / "autoencoder")
+    after = load_small_autoencoder(tmp_path / "run" / "autoencoder")
+    assert all(map(torch.equal, before.encoder.state_dict().values(), after.encoder.state_dict().values()))
+    weights = [sum(part.numel() for part in network.decoder.parameters()) for network in (before, after)]
+    assert 3 * weights[1] < weights[0]
+    images = torch.from_numpy(
+        DataConfig(path=tmp_path / "set.npz", hold_out=0)
+        .open()
+        .batch(np.arange(16), np.random.default_rng(0))
+    )
+    errors = [(network.decode(before.encode(images)) - images).abs().mean() for network in (before, after)]
+    assert errors[1] < 2 * errors[0]
+    assert encoder_fingerprint(tmp_path / "run" / "autoencoder") == fingerprint(trained / "autoencoder")
+    other = {**lighter, "widths": [8, 16]}
+    assert main(["--config", str(run(tmp_path, decoder_of=folder, autoencoder=other))]) == 2
+    assert "autoencoder.widths is (8, 16), and that of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoder_of": "nowhere"}, "leave autoencoder out"),
+        ({"decoder_of": "nowhere"}, "nowhere"),
+        ({"autoencoder": {"decoder_widths": [8]}}, "decoder_widths must be 3 positive channels"),
         ({"crop": 6}, "crop 6 is not divisible by 4"),
         ({"crop": 32}, "crop 32 is larger than the pictures"),
         ({"autoencoder": {"widths": [8], "blocks": [1, 1]}}, "blocks must be 1 counts"),
