@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -111,12 +112,13 @@ class AutoencoderTrainer:
         factor, crop, path = self.spec.factor, self.config.crop, self.config.data.path
         if self.dataset.channels != 3:
             raise DataError(f"{path} holds latents: an autoencoder learns from pictures")
-        if any(side % factor for side in self.dataset.size):
-            raise DataError(f"{path}: sides of {self.dataset.size} do not divide by {factor}: set data.size")
+        sides = self.dataset.size[-2:]
+        if any(side % factor for side in sides):
+            raise DataError(f"{path}: sides of {sides} do not divide by {factor}: set data.size")
         if crop is not None and crop % factor:
             raise DataError(f"crop {crop} is not divisible by {factor}, the autoencoder's reduction")
-        if crop is not None and crop > min(self.dataset.size):
-            raise DataError(f"crop {crop} is larger than the pictures of {path}, {self.dataset.size}")
+        if crop is not None and crop > min(sides):
+            raise DataError(f"crop {crop} is larger than the pictures of {path}, {sides}")
 
     @property
     def network(self) -> SmallAutoencoder:
@@ -175,16 +177,27 @@ class AutoencoderTrainer:
         return {"loss": loss, "pixels": pixels, "edges": edges, "latents": size}
 
     def batch(self, step: int) -> Tensor:
-        """Return the pictures of a step, (n, 3, H, W) in [−1, 1], cropped as the configuration says."""
+        """Return the pictures of a step, (n, 3, H, W) in [−1, 1], cropped as the configuration says.
+
+        Of a clip it is one frame.
+        """
         config, dataset = self.config, self.dataset
         rng = np.random.default_rng([config.seed, step])
         index = dataset.training[batch_indices(len(dataset.training), config.batch, step, config.seed)]
-        images, crop = torch.from_numpy(dataset.batch(index, rng)), config.crop
+        images, crop = self._pictures(index, rng), config.crop
         if crop is None:
             return images
         tops, lefts = (rng.integers(0, side - crop + 1, len(images)) for side in images.shape[2:])
         corners = zip(images, tops, lefts, strict=True)
         return torch.stack([image[:, top : top + crop, left : left + crop] for image, top, left in corners])
+
+    def _pictures(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> Tensor:
+        """Return examples (n, 3, H, W); of each clip a frame that is drawn."""
+        images = torch.from_numpy(self.dataset.batch(index, rng))
+        if images.ndim == 4:
+            return images
+        frames = torch.from_numpy(rng.integers(0, images.shape[2], len(images)))
+        return images[torch.arange(len(images)), :, frames]
 
     def averaged_network(self) -> SmallAutoencoder:
         """Return the autoencoder with averaged weights, in evaluation mode, on the CPU."""
@@ -201,7 +214,7 @@ class AutoencoderTrainer:
         network, dataset = self.averaged_network(), self.dataset
         index = np.flatnonzero(dataset.held_out)[:MEASURED]
         index = index if len(index) else dataset.training[:MEASURED]
-        images = torch.from_numpy(dataset.batch(index, np.random.default_rng(0)))
+        images = self._pictures(index, np.random.default_rng(0))
         latents = torch.cat([network.encode(part) for part in images.split(16)])
         began = time.perf_counter()
         decoded = torch.cat([network.decode(latent) for latent in latents.split(1)]).clamp(-1, 1)

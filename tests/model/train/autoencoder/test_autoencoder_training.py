@@ -29,7 +29,10 @@ from ditserve.model.nets.small_autoencoder import (
 )
 from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.train.autoencoder.__main__ import main
+from ditserve.model.train.autoencoder.config import load_autoencoder_config
+from ditserve.model.train.autoencoder.trainer import AutoencoderTrainer
 from ditserve.model.train.checkpoint import checkpoints
+from ditserve.service.images import to_pixels
 from tests.export.tiny import CONFIG, tiny_source
 
 SMALL = {"latent_channels": 3, "widths": [8, 12], "blocks": [1, 1], "noise": 0.05}
@@ -130,6 +133,24 @@ def test_a_decoder_is_trained_alone_on_latents_that_stay(trained: Path, tmp_path
     other = manifest.model_copy(update={"provenance": {AUTOENCODER: "0" * 64}})
     with pytest.raises(AutoencoderError, match="is not what made the latents"):
         open_decoder(other, tmp_path / "run" / "autoencoder")
+
+
+def test_frames_of_clips_are_pictures(trained: Path, tmp_path: Path) -> None:
+    clips = np.load(pictures(tmp_path / "stills.npz"))["x"].reshape(16, 3, 16, 16, 3)
+    set_of_clips = tmp_path / "clips.npz"
+    np.savez(set_of_clips, x=clips, y=np.arange(16) % 4, names=np.array(["a", "b", "c", "d"]))
+    set_of_clips.with_suffix(".json").write_text(json.dumps({"first_axis": "frames", "fps": 4}))
+    data = {"path": str(set_of_clips), "hold_out": 0.2}
+    file = run(tmp_path, data=data, decoder_of=str(trained / "autoencoder"), autoencoder=SMALL, steps=4)
+    trainer = AutoencoderTrainer(load_autoencoder_config(file))
+    frames = {frame.tobytes() for frame in clips.reshape(-1, 16, 16, 3)}
+    drawn = set()
+    for seed in range(8):
+        planes = trainer._pictures(np.arange(16), np.random.default_rng(seed)).numpy()
+        drawn |= {picture.tobytes() for picture in to_pixels(planes)}
+    assert drawn <= frames
+    assert len(drawn) > 24
+    assert main(["--config", str(file)]) == 0
 
 
 def test_a_lighter_decoder_is_trained_for_an_encoder_that_stays(
