@@ -18,7 +18,8 @@ class AutoencoderTrainConfig(RunConfig):
     autoencoder: SmallAutoencoderConfig = SmallAutoencoderConfig()
     decoder_of: NamedPath | None = None
     """Go on from the autoencoder in this folder, and train its decoder alone: latents that its encoder made
-    stay what they are. `autoencoder` may then name the sizes of another decoder, which begins anew."""
+    stay what they are. `autoencoder` may then name the sizes of another decoder, which begins with
+    those weights whose shapes are the same."""
     batch: Count = 16
     lr: Positive = 2e-3
     crop: Count | None = None

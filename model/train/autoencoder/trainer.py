@@ -43,6 +43,11 @@ class Reconstruction:
     sheet: Image.Image
 
 
+def _fits(known: Tensor | None, new: Tensor) -> bool:
+    """Return whether there is a known tensor of the new one's shape."""
+    return known is not None and known.shape == new.shape
+
+
 class AutoencoderTrainer:
     """The owner of an autoencoder in training; `step()` is one optimiser step.
 
@@ -95,7 +100,10 @@ class AutoencoderTrainer:
         return network
 
     def _with_new_decoder(self, trained: SmallAutoencoder) -> SmallAutoencoder:
-        """Return the encoder of an autoencoder with a decoder of the configured sizes, not trained."""
+        """Return the encoder of an autoencoder with a decoder of the configured sizes.
+
+        Its weights begin as those of the trained one, as far as their shapes are the same.
+        """
         sizes = self.config.autoencoder
         for field in ("latent_channels", "widths", "blocks", "noise"):
             own, asked = getattr(trained.config, field), getattr(sizes, field)
@@ -104,8 +112,12 @@ class AutoencoderTrainer:
                     f"autoencoder.{field} is {asked}, and that of {self.config.decoder_of}, whose encoder "
                     f"stays, {own}: name another decoder by decoder_widths and decoder_blocks"
                 )
-        network = SmallAutoencoder(sizes)
-        network.encoder = trained.encoder
+        network, known = SmallAutoencoder(sizes), trained.state_dict()
+        own = network.state_dict()
+        network.load_state_dict(
+            {name: known[name] if _fits(known.get(name), new) else new for name, new in own.items()}
+        )
+        network.encoder.requires_grad_(False)
         return network
 
     def _check_size(self) -> None:

@@ -143,6 +143,9 @@ def test_frames_of_clips_are_pictures(trained: Path, tmp_path: Path) -> None:
     data = {"path": str(set_of_clips), "hold_out": 0.2}
     file = run(tmp_path, data=data, decoder_of=str(trained / "autoencoder"), autoencoder=SMALL, steps=4)
     trainer = AutoencoderTrainer(load_autoencoder_config(file))
+    # What fits begins as it was: here, everything.
+    before = load_small_autoencoder(trained / "autoencoder").state_dict().values()
+    assert all(map(torch.equal, before, trainer.network.state_dict().values()))
     frames = {frame.tobytes() for frame in clips.reshape(-1, 16, 16, 3)}
     drawn = set()
     for seed in range(8):
