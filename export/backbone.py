@@ -45,6 +45,7 @@ from ditserve.model.spec.output_folder import check_apart, revision
 
 # What a further backbone has of a bundle: not what decodes and encodes latents, nor what verified it.
 COPIED = BUNDLE_FILES - {CALIBRATION, GOLDEN} - AUTOENCODER_GRAPHS
+SMALL_WEIGHTS = f"{SMALL_AUTOENCODER}/{WEIGHTS}"
 # The networks take turns, so that a busy machine slows both alike.
 TURNS, ROWS = 20, 4
 
@@ -86,7 +87,7 @@ def add_backbone(folder: Path, name: str, source: Path) -> BackboneSpec:
         spec = spec.model_copy(update={"shared_weights": leave_out_shared(place, scratch)})
         if _has_own_decoder(bundle.manifest, manifest):
             shutil.copy2(other.file(DECODER), place)
-            copy_small_autoencoder(other.path / SMALL_AUTOENCODER, place / SMALL_AUTOENCODER)
+            copy_small_autoencoder(other.file(SMALL_WEIGHTS).parent, place / SMALL_AUTOENCODER)
         backbones = {**bundle.manifest.backbones, name: spec}
         write_manifest(scratch, bundle.manifest.with_backbones(backbones))
     return spec
@@ -94,8 +95,8 @@ def add_backbone(folder: Path, name: str, source: Path) -> BackboneSpec:
 
 def _has_own_decoder(own: Manifest, other: Manifest) -> bool:
     """Return whether the small autoencoder of `other` is not that of `own`."""
-    weights = f"{SMALL_AUTOENCODER}/{WEIGHTS}"
-    return weights in other.files and own.files.get(weights) != other.files[weights]
+    weights = other.files.get(SMALL_WEIGHTS)
+    return weights is not None and own.files.get(SMALL_WEIGHTS) != weights
 
 
 def relative_cost(bundle: Bundle, other: Bundle) -> float:

@@ -85,9 +85,9 @@ class SourceFiles:
                 f"{self.image} has {count} frames, and a clip here has {frames}: give as many, or one to "
                 "begin with"
             )
-        read = [_read(self.image, "RGB", height, width, k % count) for k in range(frames)]
-        pixels = torch.stack(read).permute(3, 0, 1, 2) / 127.5 - 1.0  # (3, F, H, W)
-        clip = autoencoder.encode(pixels[None].to(device))[0]
+        read = [_read(self.image, "RGB", height, width, k) for k in range(count)]
+        pixels = torch.stack(read).permute(3, 0, 1, 2) / 127.5 - 1.0  # (3, F or 1, H, W)
+        clip = autoencoder.encode(pixels[None].to(device))[0].expand(-1, frames, -1, -1)
         if count > 1 or frames == 1:
             return SourceLatent(clip)
         drawn = torch.ones(1, *size, device=device)

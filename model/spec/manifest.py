@@ -212,15 +212,8 @@ class Manifest(StrictModel):
     files: dict[FilePath, FileEntry] = Field(default_factory=dict)
 
     def with_backbones(self, backbones: Mapping[str, BackboneSpec]) -> Manifest:
-        """Return this manifest with these further backbones; only rungs of those it had before stay.
-
-        A network whose rows were timed anew is the same.
-        """
-        kept = {""}
-        for name, spec in backbones.items():
-            before = self.backbones.get(name)
-            if before is not None and before.model_copy(update={"row_cost": spec.row_cost}) == spec:
-                kept.add(name)
+        """Return this manifest with these further backbones; only rungs of those it had before stay."""
+        kept = {"", *(name for name, spec in backbones.items() if self.backbones.get(name) == spec)}
         ladder = [rung for rung in self.ladder if kept.issuperset(part.backbone for part in rung.stretches)]
         return self.model_copy(update={"backbones": dict(backbones), "ladder": tuple(ladder)})
 

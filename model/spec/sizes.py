@@ -6,13 +6,13 @@ A network treats all axes alike; a manifest says what the first of three is. Pur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal
+
+from ditserve.model.spec.diffusion import Array
 
 # Along each axis: pixels, latent pixels or tokens. Height and width are the last two.
 Size = tuple[int, ...]
 FirstAxis = Literal["frames", "depth"]
-# An array of numpy or a tensor of torch.
-Planes = TypeVar("Planes", bound=Any)
 # The names of the axes in the messages of errors, by their number.
 AXES = {2: "(height, width)", 3: "(frames or depth, height, width)"}
 
@@ -34,7 +34,7 @@ def scaled(size: Size, factor: int) -> Size:
     return (*size[:-2], size[-2] * factor, size[-1] * factor)
 
 
-def frame_by_frame(of_pictures: Callable[[Planes], Planes], x: Planes) -> Planes:
+def frame_by_frame(of_pictures: Callable[[Array], Array], x: Array) -> Array:
     """Return what a map of pictures (N, C, h, w) makes of `x`, which may be clips (N, C, F, h, w).
 
     They are F pictures each, and come back as clips.
@@ -43,7 +43,7 @@ def frame_by_frame(of_pictures: Callable[[Planes], Planes], x: Planes) -> Planes
         return of_pictures(x)
     rows, frames = x.shape[0], x.shape[2]
     made = of_pictures(x.swapaxes(1, 2).reshape(rows * frames, x.shape[1], *x.shape[3:]))
-    clips: Planes = made.reshape(rows, frames, *made.shape[1:]).swapaxes(1, 2)
+    clips: Array = made.reshape(rows, frames, *made.shape[1:]).swapaxes(1, 2)
     return clips
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,19 +40,25 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
         BundleError: a bundle that is damaged.
     """
     weights, known = _weights_for(source, factors)
-    own = network.state_dict()
-    fitting = {
-        name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
-    }
+    fitting = load_fitting(network, weights)
     if not fitting:
         raise LoadError(
             f"nothing of {source} fits this network: make model agree with its configuration, "
             "or leave out init"
         )
+    fresh = tuple(sorted(network.state_dict().keys() - fitting))
+    return WarmStart(len(fitting), fresh, known, sum(len(factor.classes) for factor in factors))
+
+
+def load_fitting(network: nn.Module, weights: Mapping[str, Tensor]) -> frozenset[str]:
+    """Load into `network` the weights whose names and shapes it has; return their names."""
+    own = network.state_dict()
+    fitting = {
+        name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
+    }
     with torch.no_grad():
         network.load_state_dict(fitting, strict=False)
-    fresh = tuple(sorted(own.keys() - fitting.keys()))
-    return WarmStart(len(fitting), fresh, known, sum(len(factor.classes) for factor in factors))
+    return frozenset(fitting)
 
 
 def _weights_for(source: Path, factors: Sequence[Factor]) -> tuple[dict[str, Tensor], int]:

@@ -16,9 +16,6 @@ from ditserve.service.backends.sessions import CPU, CUDA, open_session, run_sess
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.images import from_pixels, to_pixels
 
-# The frames of clips are many: so many are decoded at once, which bounds the memory.
-PICTURES_AT_ONCE = 8
-
 
 class AutoencoderGraphs:
     """The decoder of a bundle of latents, and the encoder if it has one."""
@@ -34,8 +31,7 @@ class AutoencoderGraphs:
         return to_pixels(frame_by_frame(self._images, latents))
 
     def _images(self, latents: Floats) -> Floats:
-        parts = [latents[at : at + PICTURES_AT_ONCE] for at in range(0, len(latents), PICTURES_AT_ONCE)]
-        return np.concatenate([run_session(self._decoder, ["image"], {"latent": part})[0] for part in parts])
+        return run_session(self._decoder, ["image"], {"latent": latents})[0]
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
         if self._encoder is None:

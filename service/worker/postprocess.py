@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from math import prod
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from ditserve.service.telemetry import metrics
 from ditserve.service.worker.media import encode_media, encode_preview, shown_part
 from ditserve.service.worker.running_job import EncodedImage, RunningJob, describe
 
-DECODED_AT_ONCE = 8
+DECODED_AT_ONCE = 8  # pictures
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
@@ -154,7 +155,7 @@ def warm_decoder(decoder: Decoder, shape: tuple[int, ...]) -> None:
     Raises:
         MemoryError: there is too little.
     """
-    decoder.decode(np.zeros((DECODED_AT_ONCE, *shape), np.float32))
+    decoder.decode(np.zeros((_at_once(shape), *shape), np.float32))
 
 
 def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> Floats:
@@ -186,12 +187,17 @@ def _keep_pixels(pixels: npt.NDArray[np.uint8], source: SourcePicture) -> npt.ND
 def _decode_batches(batch: Sequence[FinishedSample]) -> Iterator[tuple[str, Sequence[FinishedSample]]]:
     """Yield the backbone that finished samples, and those to decode together.
 
-    They are in order, of one size, and at most `DECODED_AT_ONCE`.
+    They are in order, of one size, and at most `_at_once`.
     """
-    for (_, backbone), group in groupby(batch, key=_decoded_alike):
-        alike = list(group)
-        for start in range(0, len(alike), DECODED_AT_ONCE):
-            yield backbone, alike[start : start + DECODED_AT_ONCE]
+    for (shape, backbone), group in groupby(batch, key=_decoded_alike):
+        alike, at_once = list(group), _at_once(shape)
+        for start in range(0, len(alike), at_once):
+            yield backbone, alike[start : start + at_once]
+
+
+def _at_once(shape: tuple[int, ...]) -> int:
+    """Return how many latents (C, …, h, w) are decoded together: a clip counts as its pictures."""
+    return max(1, DECODED_AT_ONCE // prod(shape[1:-2]))
 
 
 def _decoded_alike(sample: FinishedSample) -> tuple[tuple[int, ...], str]:

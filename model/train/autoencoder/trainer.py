@@ -23,6 +23,7 @@ from ditserve.model.train.autoencoder.config import AutoencoderTrainConfig
 from ditserve.model.train.checkpoint import TrainingState, restore, save
 from ditserve.model.train.ema import Ema
 from ditserve.model.train.optimizer import loss_scaler, make_optimizer, scheduled_rate
+from ditserve.model.train.warm_start import load_fitting
 
 # Held-out pictures that are measured, and that are shown.
 MEASURED, SHOWN = 64, 12
@@ -41,11 +42,6 @@ class Reconstruction:
 
     figures: dict[str, float]
     sheet: Image.Image
-
-
-def _fits(known: Tensor | None, new: Tensor) -> bool:
-    """Return whether there is a known tensor of the new one's shape."""
-    return known is not None and known.shape == new.shape
 
 
 class AutoencoderTrainer:
@@ -112,11 +108,8 @@ class AutoencoderTrainer:
                     f"autoencoder.{field} is {asked}, and that of {self.config.decoder_of}, whose encoder "
                     f"stays, {own}: name another decoder by decoder_widths and decoder_blocks"
                 )
-        network, known = SmallAutoencoder(sizes), trained.state_dict()
-        own = network.state_dict()
-        network.load_state_dict(
-            {name: known[name] if _fits(known.get(name), new) else new for name, new in own.items()}
-        )
+        network = SmallAutoencoder(sizes)
+        load_fitting(network, trained.state_dict())
         network.encoder.requires_grad_(False)
         return network
 

@@ -21,7 +21,7 @@ from ditserve.service.jobs import Claim, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 from ditserve.service.source_picture import SourcePicture, encode
-from ditserve.service.worker.postprocess import DECODED_AT_ONCE, Postprocessor
+from ditserve.service.worker.postprocess import DECODED_AT_ONCE, Postprocessor, _decode_batches
 from ditserve.service.worker.running_job import RunningJob
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +48,7 @@ def make_running(make_job: Make) -> Make:
     return make
 
 
-def done(running: RunningJob, size: tuple[int, int]) -> list[tuple[RunningJob, Finished]]:
+def done(running: RunningJob, size: tuple[int, ...]) -> list[tuple[RunningJob, Finished]]:
     """Return all samples of a job as finished, each latent filled with the sample's seed."""
     return [
         (
@@ -80,6 +80,12 @@ async def test_images_of_one_size_are_decoded_together_and_the_order_is_kept(mak
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
     assert pictures[-1].info["windows"] == "3"
     assert "windows" not in pictures[0].info
+
+
+async def test_a_clip_is_decoded_with_as_many_others_as_its_frames_allow(make_running: Make) -> None:
+    for frames, sizes in ((1, [5]), (3, [2, 2, 1]), (20, [1] * 5)):
+        batch = done(make_running(seeds=(1, 2, 3, 4, 5)), (frames, 4, 6))
+        assert [len(samples) for _, samples in _decode_batches(batch)] == sizes
 
 
 async def test_what_another_backbone_finished_its_own_decoder_decodes(make_running: Make) -> None:
