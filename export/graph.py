@@ -86,6 +86,24 @@ class _Backbone(nn.Module):
         return self.network.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
 
+class _Trunk(nn.Module):
+    def __init__(self, network: DiT, blocks: int) -> None:
+        super().__init__()
+        self.network, self.count = network, blocks
+
+    def forward(self, x: Tensor, *state: Tensor) -> Tensor:
+        return self.network.trunk(x, state, self.count)
+
+
+class _Tail(nn.Module):
+    def __init__(self, network: DiT, blocks: int) -> None:
+        super().__init__()
+        self.network, self.count = network, blocks
+
+    def forward(self, x: Tensor, change: Tensor, *state: Tensor) -> Tensor:
+        return self.network.tail(x, state, change, self.count)
+
+
 class _Encoder(nn.Module):
     def __init__(self, autoencoder: PictureAutoencoder) -> None:
         super().__init__()
@@ -119,6 +137,7 @@ class _GraphSpec:
     outputs: tuple[str, ...]
     variadic: int = 0  # trailing inputs that the module takes as *args
     sides: Size = ()  # the sides of the first input are multiples of these; none: fixed
+    patch: Size = ()  # the second input is in patches of these; none: it is of one size
     batch: int = 65536  # largest batch for which the module has no branch of its own
     strict: bool = True
 
@@ -154,15 +173,50 @@ def backbone_graph(network: Network, bundle: Path | None = None) -> onnx.ModelPr
     for the kernels of CPUs. Sides are free in multiples of `graph_multiples`, if there are any. With three
     axes `x` is (B, C, F, H, W).
     """
-    config = network.config
-    inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
-    inputs |= {name: torch.randn(2, *shape) for name, shape in config.state()}
-    sides = graph_multiples(config) or ()
+    inputs, sides = _backbone_inputs(network), graph_multiples(network.config) or ()
     module = _Backbone(network.with_symbolic_positions() if isinstance(network, DiT) and sides else network)
     spec = _GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=isinstance(network, UNet))
     proto = _export(spec, bundle)
     if next(network.parameters()).dtype == torch.float32:
         _transpose_narrow_convolutions(proto.graph)
+    return proto
+
+
+def trunk_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.ModelProto:
+    """Export the first `blocks` blocks: `x` and condition state → `change` (B, h, w, D), see `DiT.trunk`.
+
+    The state is only what these blocks take.
+    """
+    inputs, sides = _backbone_inputs(network), graph_multiples(network.config) or ()
+    module = _Trunk(network.with_symbolic_positions() if sides else network, blocks)
+    spec = _GraphSpec(module, inputs, ("change",), len(inputs) - 1, sides, strict=False)
+    return _without_unused_inputs(_export(spec, bundle))
+
+
+def tail_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.ModelProto:
+    """Export the rest: `x`, `change` (B, h, w, D) and condition state → `output`, see `DiT.tail`."""
+    config, sides = network.config, graph_multiples(network.config) or ()
+    x, *state = _backbone_inputs(network).items()
+    inputs = dict([x, ("change", torch.randn(2, *config.grid_size, config.hidden_size)), *state])
+    module = _Tail(network.with_symbolic_positions() if sides else network, blocks)
+    patch = config.patch if sides else ()
+    spec = _GraphSpec(module, inputs, ("output",), len(state), sides, patch=patch, strict=False)
+    proto = _without_unused_inputs(_export(spec, bundle))
+    _transpose_narrow_convolutions(proto.graph)
+    return proto
+
+
+def _backbone_inputs(network: Network) -> dict[str, Tensor]:
+    """Return examples of `x` and of the condition state, by name."""
+    config = network.config
+    inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
+    return inputs | {name: torch.randn(2, *shape) for name, shape in config.state()}
+
+
+def _without_unused_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
+    used = {name for node in proto.graph.node for name in node.input}
+    for value in [value for value in proto.graph.input if value.name not in used]:
+        proto.graph.input.remove(value)
     return proto
 
 
@@ -224,8 +278,12 @@ def _shapes(spec: _GraphSpec) -> tuple[Any, ...]:
     axes: list[dict[int, Any]] = [{0: batch} for _ in spec.inputs]
     if spec.sides:
         names = SIDES[-len(spec.sides) :]
-        sides = [k * dim(name, min=1, max=4096) for k, name in zip(spec.sides, names, strict=True)]
+        dims = [dim(name, min=1, max=4096) for name in names]
+        sides = [k * name for k, name in zip(spec.sides, dims, strict=True)]
         axes[0] |= dict(enumerate(sides, 2))
+        if spec.patch:
+            multiples = zip(spec.sides, spec.patch, dims, strict=True)
+            axes[1] |= dict(enumerate((side // patch * name for side, patch, name in multiples), 1))
     plain = len(axes) - spec.variadic
     return (*axes[:plain], *([tuple(axes[plain:])] if spec.variadic else []))
 

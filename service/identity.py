@@ -13,10 +13,11 @@ NO_ADAPTERS: Mapping[str, str] = {}
 def bundle_digest(manifest: Manifest, adapters: Mapping[str, str] = NO_ADAPTERS) -> str:
     """Return a digest that is equal for equal bundles, with the same versions of adapters beside them.
 
-    The manifest holds the hash of every file of the bundle itself.
+    The manifest holds the hash of every file of the bundle itself. What it leaves out is left out here too:
+    the next release may have a default for it.
     """
     beside = "".join(f"\0{name} {version}" for name, version in sorted(adapters.items()))
-    return _digest(manifest.model_dump_json() + beside)
+    return _digest(manifest.model_dump_json(exclude_defaults=True) + beside)
 
 
 def vocabulary_digest(manifest: Manifest) -> str:

@@ -56,7 +56,10 @@ Opened = tuple[LoadedModel, LadderMeasurement, TrainingPictures | None]
 
 
 def _served(bundle: Bundle) -> LoadedModel:
-    """Return a network as its graph computes it, which is faster; one just imported has none."""
+    """Return a network as its graph computes it, which is faster.
+
+    One just imported has none, and one with a block cache is computed in parts.
+    """
     loaded = load_bundle(bundle)
     if BACKBONE not in bundle.manifest.files:
         return loaded

@@ -39,8 +39,16 @@ from ditserve.model.evaluation.ladder_plan import (
 )
 from ditserve.model.evaluation.picture_sets import texts_instead
 from ditserve.model.nets.factory import Network
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, StitchedDenoiser, denoise
+from ditserve.model.sampling.denoise import (
+    CachingDenoiser,
+    Conditions,
+    Denoiser,
+    Guidance,
+    StitchedDenoiser,
+    denoise,
+)
 from ditserve.model.sampling.prompt import random_conditions
+from ditserve.model.spec.block_cache import BlockCache
 from ditserve.model.spec.grids import even_grid, fits, noise_levels
 from ditserve.model.spec.manifest import Defaults, Manifest, RungSpec
 from ditserve.model.spec.solvers import StepTable, step_table
@@ -243,7 +251,12 @@ def draw_along(
     for index in torch.arange(len(inputs)).split(AT_ONCE):
         others = {
             part.backbone: denoiser_of(
-                model, model.backbones[part.backbone], inputs, index, guidance if part.guided else Guidance()
+                model,
+                model.backbones[part.backbone],
+                inputs,
+                index,
+                guidance if part.guided else Guidance(),
+                cache=manifest.backbones[part.backbone].block_cache,
             )
             for part in stretches
             if part.backbone
@@ -267,9 +280,15 @@ def guidance_of(manifest: Manifest, interval: Interval) -> Guidance:
 
 
 def denoiser_of(
-    model: LoadedModel, network: Network, inputs: LadderInputs, index: Tensor, guidance: Guidance
+    model: LoadedModel,
+    network: Network,
+    inputs: LadderInputs,
+    index: Tensor,
+    guidance: Guidance,
+    *,
+    cache: BlockCache | None = None,
 ) -> Denoiser:
-    """Return a network of a model on the conditions at `index` of the inputs."""
+    """Return a network of a model on the conditions at `index` of the inputs, for one trajectory."""
     text = None if inputs.text is None else inputs.text[index]
     embeddings = network.embed(inputs.labels[index], text)
     if model.manifest.guidance_embedded is not None:
@@ -277,7 +296,10 @@ def denoiser_of(
     negative = None
     if inputs.negative is not None:
         negative = network.embed(inputs.labels[index], inputs.negative.expand(len(index), -1))
-    return Denoiser(network, model.schedule, Conditions((embeddings,), negative=negative), guidance)
+    conditions = Conditions((embeddings,), negative=negative)
+    if cache is not None:
+        return CachingDenoiser(network, model.schedule, conditions, guidance, cache)
+    return Denoiser(network, model.schedule, conditions, guidance)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ Interval = tuple[float, float]
 # The counts of steps at which backbones are combined, and the noise levels at which they change.
 STITCHED_STEPS = (20, 14, 10, 8, 6)
 STITCHED_SOLVER = "dpmpp-2m"  # beside that of the defaults
+# Those of a network with a block cache, whose steps cost less.
+CACHED_STEPS = (30, 24, 20, 16, 14, 12, 10, 8)
 CUTS = (0.7, 0.5, 0.3)
 # Pictures of the condition of each real picture: the distance subtracts how far apart they are.
 DRAWS = 2
@@ -75,7 +77,7 @@ def stitched_points(manifest: Manifest) -> tuple[OperatingPoint, ...]:
 
     A lighter one draws all of the picture, its noisy part or its last part, and two of them share the end
     (T-Stitch has the small network first). A student draws whole pictures in the steps that it was
-    distilled for, or begins one.
+    distilled for, or begins one. With a block cache the bundle's own network draws whole pictures.
     """
     defaults, points = manifest.defaults, dict[OperatingPoint, None]()
 
@@ -85,8 +87,12 @@ def stitched_points(manifest: Manifest) -> tuple[OperatingPoint, ...]:
         for solver in (run.solver,) if run else dict.fromkeys((defaults.solver, STITCHED_SOLVER)):
             points[OperatingPoint(solver, steps, grid, interval, stretches)] = None
 
-    guided = {name: spec for name, spec in manifest.backbones.items() if spec.guidance != "none"}
-    for name, spec in manifest.backbones.items():
+    networks = {name: spec for name, spec in manifest.backbones.items() if spec.block_cache is None}
+    guided = {name: spec for name, spec in networks.items() if spec.guidance != "none"}
+    for name in [name for name in manifest.backbones if name not in networks]:
+        for steps in CACHED_STEPS:
+            add(steps, (0.0, name))
+    for name, spec in networks.items():
         own = spec.defaults.steps
         if name not in guided:
             for steps in spec.step_counts or [own >> k for k in range(own.bit_length())]:

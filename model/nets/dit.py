@@ -220,11 +220,28 @@ class DiT(nn.Module):
             ValueError: `x` has other channels, H or W is not a multiple of the patch size, the network has a
                 layout path that was trained for another size, or `state` is another network's.
         """
-        grid = self._token_grid(x)
-        check_state(state, self.state_names)
-        named = dict(zip(self.state_names, state, strict=True))
+        grid, named = self._given(x, state)
         h = self.enter(x, named, grid)
         return self.leave(x, self.run_blocks(h, named, grid), named, grid)
+
+    def trunk(self, x: Tensor, state: Sequence[Tensor], blocks: int) -> Tensor:
+        """Return what the first `blocks` blocks of `backbone` change of the tokens of `x`, (N, h, w, D)."""
+        grid, named = self._given(x, state)
+        h = self.enter(x, named, grid)
+        change = self.run_blocks(h, named, grid, end=blocks) - h
+        return change.reshape(-1, *grid, change.shape[2])
+
+    def tail(self, x: Tensor, state: Sequence[Tensor], change: Tensor, blocks: int) -> Tensor:
+        """Return the output of `backbone` where the first `blocks` blocks make this change (N, h, w, D)."""
+        grid, named = self._given(x, state)
+        h = self.enter(x, named, grid) + change.flatten(1, -2)
+        return self.leave(x, self.run_blocks(h, named, grid, first=blocks), named, grid)
+
+    def _given(self, x: Tensor, state: Sequence[Tensor]) -> tuple[Grid, NamedState]:
+        """Return the grid of tokens of `x`, and the condition state by name, both checked."""
+        grid = self._token_grid(x)
+        check_state(state, self.state_names)
+        return grid, dict(zip(self.state_names, state, strict=True))
 
     def enter(self, x: Tensor, named: NamedState, grid: Grid) -> Tensor:
         """Return the tokens (N, T, D) of `x`, with condition tokens in front of them if blocks have some."""
@@ -236,13 +253,19 @@ class DiT(nn.Module):
         h = torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
         return squares_apart(h, grid) if self.config.merge_tokens else h
 
-    def run_blocks(self, h: Tensor, named: NamedState, grid: Grid) -> Tensor:
-        """Return the tokens after all blocks, (N, T, D) → (N, T, D)."""
+    def run_blocks(
+        self, h: Tensor, named: NamedState, grid: Grid, *, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Return the tokens after all blocks or, without levels, after those from `first` to before `end`.
+
+        Tokens are (N, T, D), before and after.
+        """
         rotary = [self.rotary(grid, h, level) for level in range(1 + max(self.level_plan))]
         text = self._text(named["text"]) if self.config.text_tokens else None
         # The tokens of each level above the current one.
         skips: list[Tensor] = []
-        for index, (block, level) in enumerate(zip(self.blocks, self.level_plan, strict=True)):
+        plan = list(enumerate(zip(self.blocks, self.level_plan, strict=True)))
+        for index, (block, level) in plan[first:end]:
             if self.levels is not None:
                 h, grid = self.levels(h, grid, index, skips)
             h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary[level], text, grid)

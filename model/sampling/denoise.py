@@ -19,6 +19,7 @@ from torch import Tensor
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
+from ditserve.model.spec.block_cache import BlockCache, extrapolated
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.guidance import GuidanceNorm, check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
@@ -115,7 +116,7 @@ class Denoiser:
         negative = self.conditions.negative
         if negative is None:
             negative = self.model.embed(null_labels(self.model.config, len(x), x.device))
-        unconditional = self.model.backbone(x, self.model.modulate(t, negative))
+        unconditional = self._run(-1, x, self.model.modulate(t, negative))
         return guided(output, unconditional, weight, guidance.channels or x.shape[1], guidance.norm)
 
     def _conditional(self, x: Tensor, t: Tensor) -> Tensor:
@@ -124,7 +125,57 @@ class Denoiser:
         if conditions.how == "layers":
             depth = model.config.depth
             return model.backbone(x, splice_states(model.config, states, assign_blocks(depth, len(states))))
-        return compose_outputs([model.backbone(x, state) for state in states], conditions.weights)
+        outputs = [self._run(k, x, state) for k, state in enumerate(states)]
+        return compose_outputs(outputs, conditions.weights)
+
+    def _run(self, branch: int, x: Tensor, state: Sequence[Tensor]) -> Tensor:
+        """Return the network's output under a condition, or under what guidance subtracts: branch -1."""
+        return self.model.backbone(x, state)
+
+
+@dataclass(frozen=True, slots=True)
+class CachingDenoiser(Denoiser):
+    """A denoiser whose first blocks run at some steps only, as `cache` says. It is for one trajectory."""
+
+    cache: BlockCache | None = None
+    memory: BlockMemory = field(default_factory=lambda: BlockMemory())
+
+    def __call__(self, x: Tensor, level: float) -> Tensor:
+        """Return the raw output (N, C_out, H, W) at x (N, C, H, W)."""
+        guidance = self.guidance
+        weight = guidance_weight(guidance.scale, level, self.schedule, guidance.interval, guidance.decay)
+        self.memory.go_on(guided=weight != 1.0)
+        return Denoiser.__call__(self, x, level)
+
+    def _run(self, branch: int, x: Tensor, state: Sequence[Tensor]) -> Tensor:
+        network, cache, memory = self.model, self.cache, self.memory
+        assert isinstance(network, DiT)
+        assert cache is not None
+        if cache.is_due(memory.since):
+            memory.keep(branch, network.trunk(x, state, cache.blocks))
+        return network.tail(x, state, memory.change(branch), cache.blocks)
+
+
+class BlockMemory:
+    """What the first blocks changed along a trajectory, by branch; empty where guidance begins or ends."""
+
+    def __init__(self) -> None:
+        self.since, self._guided = -1, False
+        self._known: dict[int, list[tuple[int, Tensor]]] = {}
+
+    def go_on(self, *, guided: bool) -> None:
+        """Go to the next step."""
+        if guided != self._guided:
+            self.since, self._known = -1, {}
+        self.since, self._guided = self.since + 1, guided
+
+    def keep(self, branch: int, change: Tensor) -> None:
+        """Remember a change (N, h, w, D) at this step."""
+        self._known[branch] = [*self._known.get(branch, [])[-1:], (self.since, change)]
+
+    def change(self, branch: int) -> Tensor:
+        """Return the change at this step."""
+        return extrapolated(self._known[branch], self.since)
 
 
 @dataclass(frozen=True, slots=True)

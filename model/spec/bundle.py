@@ -5,6 +5,8 @@
              embedder.onnx        labels and text → condition embedding
              conditioner.onnx     timestep and condition embedding → condition state
              backbone.onnx        x and condition state → output; also backbone.int8.onnx and others
+             trunk.onnx           x and condition state → what the first blocks change of the tokens
+             tail.onnx            x, condition state and that change → output
              decoder.onnx         latent → image, of a model on latents
              encoder.onnx         image → latent, which edits of pictures need
              pipeline/            an imported diffusers pipeline, whose transformer is the network
@@ -40,13 +42,17 @@ EMBEDDER, CONDITIONER, BACKBONE = "embedder.onnx", "conditioner.onnx", "backbone
 DECODER, ENCODER = "decoder.onnx", "encoder.onnx"
 # The rows that a bundle is verified and calibrated on.
 CALIBRATION = "calibration.safetensors"
-_GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER, ENCODER]
+# The backbone in two parts, for a block cache.
+TRUNK, TAIL = "trunk.onnx", "tail.onnx"
+_GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, TRUNK, TAIL, DECODER, ENCODER]
 _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8", "int8.fp16")]
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
 BACKBONES = "backbones"
 # The graphs that compute conditions, and the files of those that decode and encode latents.
 CONDITION_GRAPHS = (EMBEDDER, CONDITIONER)
+# What a network with a block cache is of, in the bundle itself.
+CACHED_FILES = frozenset([WEIGHTS, TRUNK, TAIL, *CONDITION_GRAPHS])
 AUTOENCODER_GRAPHS = frozenset(file for graph in (DECODER, ENCODER) for file in (graph, f"{graph}.data"))
 # The small autoencoder itself, beside the graphs of its halves.
 SMALL_AUTOENCODER = "autoencoder"
@@ -145,6 +151,9 @@ class Bundle:
         spec, folder = self.manifest.backbones[name], f"{BACKBONES}/{name}/"
         files = self.manifest.files.items()
         own_files = {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)}
+        if spec.block_cache:
+            folder = ""
+            own_files = {file: entry for file, entry in files if file in CACHED_FILES}
         decoding = (*AUTOENCODER_GRAPHS, f"{SMALL_AUTOENCODER}/") if decoder else ()
         decodes = decoder or DECODER in own_files
         autoencoder = {file: entry for file, entry in files if file.startswith(decoding)}
@@ -164,13 +173,16 @@ class Bundle:
             "files": {**autoencoder, **own_files},
         }
         manifest = self.manifest.model_copy(update=own)
-        return Bundle(self.path / folder, manifest, whole=self.path, shared_weights=spec.shared_weights)
+        whole = self.path if folder else None
+        return Bundle(self.path / folder, manifest, whole=whole, shared_weights=spec.shared_weights)
 
     def _command_for(self, name: str) -> str:
         if ".int8" in name:
             return f"{command_line('export.int8')} {self.path} adds it"
         if name.startswith("backbone.") and name != BACKBONE:
             return f"{command_line('export.half')} {self.path} adds it"
+        if name in (TRUNK, TAIL):
+            return f"{command_line('export.block_cache')} {self.path} adds it"
         return f"{command_line('export.onnx')} {self.path} --out {self.path} writes all graphs"
 
 
@@ -249,7 +261,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
     Further backbones that are not there are left out.
     """
-    there = {name: spec for name, spec in manifest.backbones.items() if (path / BACKBONES / name).is_dir()}
+    there = {
+        name: spec
+        for name, spec in manifest.backbones.items()
+        if (path / (TRUNK if spec.block_cache else f"{BACKBONES}/{name}")).exists()
+    }
     manifest = manifest.with_backbones(there)
     names = sorted(name for name in BUNDLE_FILES if (path / name).is_file())
     inner = [file for folder in PARTS for file in (path / folder).rglob("*")]

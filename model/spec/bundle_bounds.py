@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClassError
 from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.network_config import BundleConfig
 from ditserve.model.spec.sizes import scaled, size_name
@@ -125,6 +126,20 @@ def check_backbone(field: str, config: BundleConfig, own: BundleConfig) -> None:
         theirs, ours = (getattr(each, name) for each in (config, own))
         if theirs != ours:
             raise ValueError(f"field {field}: {name} is {theirs}, and that of the bundle's own is {ours}")
+
+
+def check_block_caches(blocks: Mapping[str, int], config: BundleConfig) -> None:
+    """Refuse block caches, by backbone, of a network that has no blocks for them, or of different blocks."""
+    for name, count in blocks.items():
+        field = f"backbones.{name}.block_cache.blocks"
+        if not isinstance(config, DiTConfig) or any(config.level_plan) or "in_context" in config.plan:
+            raise ValueError(
+                f"field {field}: only a DiT of ours has a block cache, without levels and not in context"
+            )
+        if count >= config.depth:
+            raise ValueError(f"field {field}: must be below the {config.depth} blocks, not {count}")
+        if count != (others := next(iter(blocks.values()))):
+            raise ValueError(f"field {field}: must be {others}, that of the other block caches, not {count}")
 
 
 def check_stretches(field: str, stretches: Sequence[StatedStretch], backbones: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ditserve.model.spec import bundle_bounds as bounds
+from ditserve.model.spec.block_cache import BlockCache
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
 from ditserve.model.spec.pipeline_config import GuidanceKind, PipelineConfig
@@ -137,7 +138,8 @@ class BackboneSpec(StrictModel):
     `row_cost` is the time of one of its rows, in rows of the bundle's own network. With `guidance` "none" it
     was distilled with guidance, and is never guided. `step_counts` are those that it was distilled for;
     empty: any. `defaults` are how it draws by itself. `shared_weights` names the tensors that it does not
-    store, since the bundle's own network has the same.
+    store, since the bundle's own network has the same. With a `block_cache` it is the bundle's own network,
+    in the graphs `trunk.onnx` and `tail.onnx`.
     """
 
     config: BundleConfig
@@ -147,6 +149,7 @@ class BackboneSpec(StrictModel):
     guidance: Literal["classifier-free", "none"] = "classifier-free"
     step_counts: tuple[bounds.Steps, ...] = ()
     shared_weights: Annotated[tuple[Label, ...], Field(max_length=10_000)] = ()
+    block_cache: BlockCache | None = None
     defaults: Defaults
     provenance: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
@@ -270,6 +273,8 @@ class Manifest(StrictModel):
         for field, run in runs.items():
             bounds.check_run(field, run, schedule)
             bounds.check_interval(field, run.guidance_interval)
+        caches = {name: each.block_cache for name, each in self.backbones.items() if each.block_cache}
+        bounds.check_block_caches({name: cache.blocks for name, cache in caches.items()}, self.config)
         for name, backbone in self.backbones.items():
             bounds.check_backbone(f"backbones.{name}", backbone.config, self.config)
             bounds.check_state(backbone.state)

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib import import_module
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.block_cache import BlockCache
 from ditserve.model.spec.bundle import PIPELINE, Bundle
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Manifest
@@ -107,6 +108,37 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class BlockCaching(Protocol):
+    """A backend whose network may have a block cache."""
+
+    def with_block_cache(self, bundle: Bundle, cache: BlockCache) -> Backend:
+        """Return this network with a block cache, a `CachingBackend`, or itself if it cannot have one here.
+
+        The two share what they have in common.
+
+        Raises:
+            BackendUnavailable: its graphs cannot be loaded.
+            BundleError: the bundle lacks them.
+        """
+        ...
+
+
+@runtime_checkable
+class CachingBackend(Protocol):
+    """A backend whose first blocks may run without the rest of its network, and the rest without them."""
+
+    block_cache: BlockCache
+
+    def trunk(self, x: Floats, state: tuple[StateArray, ...]) -> Floats:
+        """Return what the first blocks change of the tokens (B, h, w, D); arguments as for `denoise`."""
+        ...
+
+    def tail(self, x: Floats, state: tuple[StateArray, ...], change: Floats) -> Floats:
+        """Return the output (B, C_out, H, W) where the first blocks make this change."""
+        ...
 
 
 NO_ENCODER: Final = "This worker has no encoder of pictures: export the model again, with its autoencoder."

@@ -8,7 +8,7 @@ the weights. The engine caches its results in the host's memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.block_cache import BlockCache
+from ditserve.model.spec.bundle import PIPELINE, TAIL, TRUNK, WEIGHTS, Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import size_multiples
 from ditserve.model.spec.pipeline_config import PipelineConfig
@@ -34,7 +35,7 @@ from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.autoencoder import AutoencoderGraphs
 from ditserve.service.backends.precision import open_backbone
 from ditserve.service.backends.resident import GRAPH_SIZES
-from ditserve.service.backends.runners import CudaGraphRunner, DataParallelRunner, RowRunner
+from ditserve.service.backends.runners import CudaGraphRunner, DataParallelRunner, PartRunner, RowRunner
 from ditserve.service.backends.sessions import (
     BACKBONES,
     CPU,
@@ -127,6 +128,7 @@ class OnnxBackend:
         size_multiples: see `Backend`.
         conditioner_rows: see `Backend`.
         text_encoder: see `Backend`.
+        open_part: opens a graph that has a part of the backbone.
     """
 
     name = "onnx"
@@ -145,12 +147,13 @@ class OnnxBackend:
         size_multiples: Size | None,
         conditioner_rows: int,
         text_encoder: SentenceEncoder | None = None,
+        open_part: Callable[[Bundle, str], RowRunner],
     ) -> None:
         self.manifest, self.precision = manifest, precision
         self.text_encoder = text_encoder
         self.size_multiples, self.conditioner_rows = size_multiples, conditioner_rows
         self.buckets: tuple[int, ...] | None = GRAPH_SIZES if cuda_graph else None
-        self._graphs, self._backbone = graphs, backbone
+        self._graphs, self._backbone, self._open_part = graphs, backbone, open_part
         self._own_size: RowRunner = cuda_graph or backbone
         self._state = [tensor.name for tensor in manifest.state]
 
@@ -161,10 +164,16 @@ class OnnxBackend:
         return self._graphs.modulate(timesteps, embeddings)
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
-        inputs: dict[str, npt.NDArray[Any]] = {"x": x, **dict(zip(self._state, state, strict=True))}
         own_size = x.shape[2:] == self.manifest.config.image_size
         runner = self._own_size if own_size else self._backbone
-        return runner.run(["output"], inputs)[0]
+        return runner.run(["output"], self._inputs(x, state))[0]
+
+    def with_block_cache(self, bundle: Bundle, cache: BlockCache) -> OnnxBackend:
+        trunk, tail = (self._open_part(bundle, name) for name in (TRUNK, TAIL))
+        return OnnxCachingBackend(self, cache, trunk, tail)
+
+    def _inputs(self, x: Floats, state: tuple[Floats, ...]) -> dict[str, npt.NDArray[Any]]:
+        return {"x": x, **dict(zip(self._state, state, strict=True))}
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         return self._graphs.decode(latents)
@@ -178,6 +187,30 @@ class OnnxBackend:
         self._own_size.close()
         self._graphs.close()
         del self._backbone, self._own_size
+
+
+class OnnxCachingBackend(OnnxBackend):
+    """An `OnnxBackend` in two parts, a `CachingBackend`, in fp32. It shares all the rest with `own`."""
+
+    def __init__(self, own: OnnxBackend, cache: BlockCache, trunk: RowRunner, tail: RowRunner) -> None:
+        self.__dict__.update(own.__dict__)
+        self.precision, self.block_cache = "fp32", cache
+        self._trunk, self._tail = trunk, tail
+
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        return self.tail(x, state, self.trunk(x, state))
+
+    def trunk(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        return self._trunk.run(["change"], self._inputs(x, state))[0]
+
+    def tail(self, x: Floats, state: tuple[Floats, ...], change: Floats) -> Floats:
+        return self._tail.run(["output"], {**self._inputs(x, state), "change": change})[0]
+
+    def close(self) -> None:
+        """Free the sessions of the parts."""
+        self._trunk.close()
+        self._tail.close()
+        del self._trunk, self._tail
 
 
 def open_onnx(
@@ -225,15 +258,22 @@ def open_onnx(
     if providers[0] == CUDA:
         cuda_graph = open_cuda_graph(bundle, chosen, providers, graphs.capture_lock)
     parallel = threads if providers[0] == CPU else 1
+
+    def open_part(bundle: Bundle, name: str) -> RowRunner:
+        entries, options = provider_entries(bundle, "fp32", providers), session_options(threads, spin=spin)
+        session = open_session(bundle, name, options, entries)
+        return PartRunner(_data_parallel(bundle, name, session, options, parallel), session)
+
     return OnnxBackend(
         bundle.manifest,
         graphs,
         precision=chosen,
-        backbone=_data_parallel(bundle, chosen, session, options, parallel),
+        backbone=_data_parallel(bundle, BACKBONES[chosen], session, options, parallel),
         cuda_graph=cuda_graph,
         size_multiples=graph_size_multiples(session.get_inputs()[0].shape),
         conditioner_rows=CONDITIONER_ROWS if auxiliary_providers[0] == CPU else CONDITIONER_ROWS_GPU,
         text_encoder=load_pipeline_texts(bundle) if pipeline else None,
+        open_part=open_part,
     )
 
 
@@ -263,9 +303,9 @@ def open_cuda_graph(
 
 
 def _data_parallel(
-    bundle: Bundle, precision: str, session: ort.InferenceSession, options: ort.SessionOptions, threads: int
+    bundle: Bundle, name: str, session: ort.InferenceSession, options: ort.SessionOptions, threads: int
 ) -> DataParallelRunner:
-    """Return the backbone on this many threads.
+    """Return the backbone in the graph `name`, or a part of it, on this many threads.
 
     On several its weights are in memory twice, except for a large model. The operators of that are so large
     that threads which share them hardly wait: 8 rows of a DiT-B/2 took 1.05 times as long on two cores.
@@ -273,7 +313,7 @@ def _data_parallel(
     if threads == 1 or weights_bytes(bundle.manifest) > LARGE_BYTES:
         return DataParallelRunner(session, session, threads=1)
     options.intra_op_num_threads = 1
-    single = open_session(bundle, BACKBONES[precision], options)
+    single = open_session(bundle, name, options)
     return DataParallelRunner(single, session, threads=threads)
 
 

@@ -65,6 +65,19 @@ class DataParallelRunner:
         self._pool.shutdown(wait=False)
 
 
+class PartRunner:
+    """A runner of a part of a network, which takes fewer inputs than the whole: it is given those of all."""
+
+    def __init__(self, runner: RowRunner, session: ort.InferenceSession) -> None:
+        self._runner, self._inputs = runner, [entry.name for entry in session.get_inputs()]
+
+    def run(self, outputs: Sequence[str], inputs: Arrays) -> list[Floats]:
+        return self._runner.run(outputs, {name: inputs[name] for name in self._inputs})
+
+    def close(self) -> None:
+        self._runner.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _GraphContext:
     """The CUDA graph of one number of rows: its inputs and output on the GPU, and the options of its run."""

@@ -22,6 +22,7 @@ from ditserve.model.nets.lora import AdapterBank, Layers, adaptable_layers
 from ditserve.model.nets.pipelines import PRECISIONS
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.adapters import AdapterFile
+from ditserve.model.spec.block_cache import BlockCache
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import Manifest
@@ -202,8 +203,11 @@ class TorchBackend:
 
     def denoise(self, x: Floats, state: tuple[StateArray, ...]) -> Floats:
         with computing():
-            tensors = [torch.as_tensor(tensor, device=self._device) for tensor in state]
-            return _array(self._backbone(self._tensor(x), tensors))
+            return _array(self._backbone(self._tensor(x), self._tensors(state)))
+
+    def with_block_cache(self, bundle: Bundle, cache: BlockCache) -> TorchBackend:
+        own = isinstance(self._model, DiT) and self.precision == "fp32"
+        return TorchCachingBackend(self, cache) if own else self
 
     def keep_rows(self, slabs: Sequence[Slab], *, slots: int, rows: int) -> TorchRows | None:
         if self.stream is None:
@@ -248,6 +252,29 @@ class TorchBackend:
 
     def _tensor(self, array: Floats) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+    def _tensors(self, state: tuple[StateArray, ...]) -> list[torch.Tensor]:
+        return [torch.as_tensor(tensor, device=self._device) for tensor in state]
+
+
+class TorchCachingBackend(TorchBackend):
+    """A `TorchBackend` in two parts, a `CachingBackend`. It shares the network with `own`, which is fp32."""
+
+    def __init__(self, own: TorchBackend, cache: BlockCache) -> None:
+        self.__dict__.update(own.__dict__)
+        self.block_cache = cache
+
+    def trunk(self, x: Floats, state: tuple[StateArray, ...]) -> Floats:
+        with computing():
+            return _array(self._model.trunk(self._tensor(x), self._tensors(state), self.block_cache.blocks))
+
+    def tail(self, x: Floats, state: tuple[StateArray, ...], change: Floats) -> Floats:
+        with computing():
+            arguments = self._tensor(x), self._tensors(state), self._tensor(change)
+            return _array(self._model.tail(*arguments, self.block_cache.blocks))
+
+    def close(self) -> None:
+        """Leave the network to the backend that it is shared with."""
 
 
 def _refuse(precision: str, device: str) -> None:

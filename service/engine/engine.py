@@ -18,7 +18,8 @@ import numpy as np
 
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.sizes import Size, size_name
-from ditserve.service.backends import Backend
+from ditserve.service.backends import Backend, CachingBackend
+from ditserve.service.engine.caching_pass import CachingPass
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import Backbone, ForwardPass, Stepped
 from ditserve.service.engine.groups import Group, Groups
@@ -87,7 +88,9 @@ class Engine:
         self._rows = 2 * scheduler.max_rows
         further = backbones or {}
         self._passes = {
-            name: ForwardPass(network, caches, scheduler, rows=self._rows, clock=clock, waited=waited)
+            name: (CachingPass if isinstance(network, CachingBackend) else ForwardPass)(
+                network, caches, scheduler, rows=self._rows, clock=clock, waited=waited
+            )
             for name, (network, caches, _) in {"": (backend, conditions, 1.0), **further}.items()
         }
         caches = {name: forward.conditions for name, forward in self._passes.items()}
@@ -266,7 +269,7 @@ class Engine:
     @property
     def condition_caches(self) -> tuple[ConditionCaches, ...]:
         """The caches of every backbone, the bundle's own first."""
-        return tuple(forward.conditions for forward in self._passes.values())
+        return tuple(dict.fromkeys(forward.conditions for forward in self._passes.values()))
 
     @property
     def idle(self) -> bool:

@@ -57,7 +57,10 @@ class Prediction:
 
 
 class Backbone(NamedTuple):
-    """A further network of a bundle, with its caches; `row_cost` is that of a row, in rows of the own one."""
+    """A further network of a bundle, with its caches; `row_cost` is that of a row, in rows of the own one.
+
+    One with a block cache may have the caches of the bundle's own.
+    """
 
     backend: Backend
     conditions: ConditionCaches
@@ -116,7 +119,7 @@ class ForwardPass:
         """Run the network on latents (B, C, H, W) with any condition state, to time it."""
         self.network_s = self.waited_s = 0.0
         self._uses = []
-        self._network(x, slice(len(x)))
+        self._network(x, slice(0, len(x)))
 
     def _buffers(self, rows: int) -> tuple[StateArray, ...]:
         backend = self._backend
@@ -181,10 +184,14 @@ class ForwardPass:
         began, waited = self._clock(), self._waited()
         uses = self._uses[part]
         with adapted(self._backend, [*uses, *[()] * (len(x) - len(uses))]):
-            output = self._backend.denoise(x, tuple(tensor[part] for tensor in self._state))
+            output = self._compute(x, tuple(tensor[part] for tensor in self._state), part.start)
         self.network_s += self._clock() - began
         self.waited_s += self._waited() - waited
         return output
+
+    def _compute(self, x: Floats, state: tuple[StateArray, ...], first: int) -> Floats:
+        """Return the network's output for rows of the batch, of which `x` begins with the row `first`."""
+        return self._backend.denoise(x, state)
 
     def _guide(
         self, layout: RowLayout, latents: Gathered, own_latents: Sequence[Gathered], output: Floats

@@ -75,6 +75,14 @@ class RowLayout:
             inputs += _inputs_of(rows.sample)
         return inputs
 
+    def owners(self) -> list[tuple[Sample, int]]:
+        """Return the sample of each row, and which of its rows it is."""
+        owners = [(sample, 0) for sample in self.whole]
+        owners += [(self.whole[index], 1) for index in self.guided]
+        for rows in self.several:
+            owners += [(rows.sample, row) for row in range(rows.sample.rows)]
+        return owners
+
     def adapters(self) -> list[RowUses]:
         """Return the adapters of each row. What guidance subtracts is predicted with them too."""
         uses = [sample.request.adapters for sample in self.whole]

@@ -7,7 +7,7 @@ as arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,13 +110,24 @@ def not_finite(step: int, steps: int) -> NumericalError:
     return NumericalError(f"the model's output at step {step} of {steps} is not finite")
 
 
+class KnownChange(NamedTuple):
+    """What the first blocks changed of the tokens at a step of the trajectory, of each row (rows, h, w, D).
+
+    `latent` (C, H, W) is what they read. Of a resumed sample the change itself is None until it is computed.
+    """
+
+    step: int
+    latent: Latent
+    change: Latent | None
+
+
 class Sample:
     """A running sample and the step of its trajectory that comes next.
 
     `conditionings` has its conditions as the embeddings of each backbone of its trajectory.
     `floor` is the lowest rung it may be moved to. A prediction is `composed` of so many conditions; it is
     `one_row` if that is one and the latent is not in windows. The latent lives in `groups`, at the sample's
-    place.
+    place. `known_changes` are those of its block cache, see `caching_pass`.
     """
 
     __slots__ = (
@@ -129,6 +140,7 @@ class Sample:
         "flow",
         "generator",
         "geometry",
+        "known_changes",
         "one_row",
         "reason",
         "request",
@@ -162,6 +174,7 @@ class Sample:
         self.degraded = request.rung != request.requested
         self.generator = np.random.Generator(np.random.Philox(request.seed))
         self.source: NoisySource[Latent] | None = None  # drawn by `begin`
+        self.known_changes: list[KnownChange] = []
         self.added_at = added_at
         self.started_at: float | None = None
 
@@ -206,6 +219,11 @@ class Sample:
     def level(self) -> float:
         """The noise level of the next step, at which the sample stands."""
         return self.trajectory.levels[self.cursor]
+
+    @property
+    def since(self) -> int:
+        """The steps before the next one that are of its backbone, with the same rows."""
+        return self.trajectory.since[self.cursor]
 
     @property
     def told(self) -> int:

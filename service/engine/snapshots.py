@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.service.engine.samples import Sample
+from ditserve.service.engine.samples import KnownChange, Sample
 from ditserve.service.engine.trajectory import StepCoefficients, Trajectory, trajectory_from_levels
 from ditserve.service.rung import Rung
 from ditserve.service.wire import build
@@ -29,7 +29,8 @@ class Snapshot:
     `previous` the one before them, `scale` is its guidance scale. `latent` is x, `history` the estimate D
     of the last step, and `earlier` that of the one before, each (C, H, W); `earlier` is None where the next
     step does not need it. `noise` is the state of the sample's Philox generator: counter, key,
-    buffer, and the rest of a draw.
+    buffer, and the rest of a draw. `cached` (K, C, H, W) are the latents of the steps `cached_steps` of the
+    trajectory, of which its block cache is made; None where the next step needs none.
     """
 
     rung: Rung
@@ -44,12 +45,15 @@ class Snapshot:
     history: Floats
     noise: tuple[int, ...]
     earlier: Floats | None = None
+    cached_steps: tuple[int, ...] = ()
+    cached: Floats | None = None
 
     @classmethod
     def of(cls, sample: Sample, latent: Floats, history: Floats) -> Snapshot:
         """Return the snapshot of a sample with this latent (C, H, W) and solver history (2, C, H, W)."""
         trajectory = sample.trajectory
         last, earlier = history
+        known = sample.known_changes if sample.since else []
         return cls(
             rung=sample.rung,
             scale=trajectory.scale,
@@ -63,6 +67,8 @@ class Snapshot:
             history=last,
             noise=_noise_state(sample.generator),
             earlier=earlier if StepCoefficients(*sample.coefficients).d else None,
+            cached_steps=tuple(each.step for each in known),
+            cached=np.stack([each.latent for each in known]) if known else None,
         )
 
     def trajectory(self, schedule: Schedule) -> Trajectory:
@@ -78,15 +84,21 @@ class Snapshot:
         """Bring a new sample, on this snapshot's trajectory, to the state of the old one."""
         sample.rung, sample.cursor, sample.taken = self.rung, self.cursor, self.taken
         sample.degraded, sample.reason = self.degraded, self.reason
+        if self.cached is not None:
+            sample.known_changes = [
+                KnownChange(step, latent, None)
+                for step, latent in zip(self.cached_steps, self.cached, strict=True)
+            ]
         _set_noise_state(sample.generator, self.noise)
 
     def to_wire(self) -> dict[str, Any]:
         """Return the fields as plain data, the arrays as bytes of little-endian float32."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        if self.earlier is None:
-            del fields["earlier"]
-        arrays = {name: fields[name].astype("<f4").tobytes() for name in _ARRAYS if name in fields}
-        return {**fields, **arrays, "rung": asdict(self.rung), "shape": self.latent.shape}
+        if self.cached is None:
+            del fields["cached_steps"]
+        arrays = {name: fields.pop(name) for name in _ARRAYS}
+        fields |= {name: array.astype("<f4").tobytes() for name, array in arrays.items() if array is not None}
+        return {**fields, "rung": asdict(self.rung), "shape": self.latent.shape}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Snapshot:
@@ -94,17 +106,22 @@ class Snapshot:
         try:
             fields = dict(data)
             shape = tuple(fields.pop("shape"))
-            for name in _ARRAYS if "earlier" in fields else _ARRAYS[:2]:
-                fields[name] = np.frombuffer(fields[name], "<f4").astype(np.float32).reshape(shape)
+            for name in [name for name in _ARRAYS if name in fields]:
+                whole = (len(fields["cached_steps"]), *shape) if name == "cached" else shape
+                fields[name] = np.frombuffer(fields[name], "<f4").astype(np.float32).reshape(whole)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a snapshot: {error}") from error
         snapshot = build(cls, fields)
         if not 0 <= snapshot.cursor < len(snapshot.timesteps) or len(snapshot.noise) != _NOISE_NUMBERS:
             raise ValueError("not a snapshot: it stands nowhere")
+        if (len(snapshot.cached_steps) > 0) != (snapshot.cached is not None) or not all(
+            0 <= step < snapshot.cursor for step in snapshot.cached_steps
+        ):
+            raise ValueError("not a snapshot: its block cache is of other steps")
         return snapshot
 
 
-_ARRAYS = ("latent", "history", "earlier")
+_ARRAYS = ("latent", "history", "earlier", "cached")
 _NOISE_NUMBERS = 4 + 2 + 4 + 3  # counter, key, buffer, rest of a draw
 
 

@@ -66,7 +66,7 @@ class Trajectory:
     rows cost `row_costs[i]`. `noise[i]` is its level's share of the noise range, and `told[i]` the bits of
     the float32 that the network is told of it. `previous` is the level before the first step, where this
     trajectory continues another one. `alike[i]` counts the steps from i on that are of one backbone and have
-    the same number of rows.
+    the same number of rows, and `since[i]` those before it.
     """
 
     __slots__ = (
@@ -79,6 +79,7 @@ class Trajectory:
         "row_costs",
         "rows",
         "scale",
+        "since",
         "told",
     )
 
@@ -98,7 +99,9 @@ class Trajectory:
         self.backbones = tuple(stretch.backbone for stretch in stretches)
         self.row_costs = tuple(stretch.row_cost for stretch in stretches)
         self.guided: tuple[bool, ...] = tuple((columns.guidance_weight != 1.0).tolist())
-        self.alike = _alike(list(zip(self.backbones, self.guided, strict=True)))
+        kinds = list(zip(self.backbones, self.guided, strict=True))
+        self.alike = _alike(kinds)
+        self.since = tuple(count - 1 for count in reversed(_alike(kinds[::-1])))
         self.rows: Floats = np.stack(columns, axis=1)
         self.rows.setflags(write=False)
         self.scale = scale

@@ -21,6 +21,7 @@ from ditserve.service.backends import (
     CONDITIONER_ROWS_GPU,
     Backend,
     BackendUnavailable,
+    BlockCaching,
     load_backend,
 )
 from ditserve.service.engine.engine import Engine
@@ -145,7 +146,9 @@ async def open_backends(
     Return None if stopped meanwhile. Raises as `open_backend`.
     """
     bundle = model.bundle
-    parts = {"": bundle, **{name: bundle.backbone(name) for name in bundle.manifest.backbones}}
+    backbones = bundle.manifest.backbones
+    parts = {"": bundle}
+    parts |= {name: bundle.backbone(name) for name, spec in backbones.items() if not spec.block_cache}
     opened: dict[str, Backend] = {}
     with ExitStack() as stack:
         for name, part in parts.items():
@@ -155,6 +158,17 @@ async def open_backends(
                 return None
             stack.callback(backend.close)
             opened[name] = backend
+        for name, spec in backbones.items():
+            if spec.block_cache:
+                own = opened[name] = opened[""]
+                if isinstance(own, BlockCaching):
+                    opened[name] = await asyncio.to_thread(own.with_block_cache, bundle, spec.block_cache)
+                if opened[name] is own:
+                    log.warning(
+                        "all blocks run: a block cache needs --backend onnx, or torch in fp32", backbone=name
+                    )
+                else:
+                    stack.callback(opened[name].close)
         stack.pop_all()
     return opened
 
@@ -217,7 +231,7 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
         await embeddings.aclose()
         await broker.aclose()
         tracing.close()
-        for backend in (backends or {}).values():
+        for backend in dict.fromkeys((backends or {}).values()):
             backend.close()
 
 

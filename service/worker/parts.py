@@ -101,15 +101,18 @@ def _engine(backends: Mapping[str, Backend], settings: Settings, shared: SharedC
     manifest = backend.manifest
     ladder = Ladder.from_manifest(manifest)
     texts = open_texts(manifest, settings, shared, backend.text_encoder)
+    # A block cache changes nothing of what depends on the condition.
+    apart = [name for name in backends if not name or manifest.backbones[name].block_cache is None]
     caches = {
         name: ConditionCaches(
-            each,
-            modulation_bytes=settings.modulation_cache_bytes // len(backends),
-            embedding_bytes=settings.embedding_cache_bytes // len(backends),
+            backends[name],
+            modulation_bytes=settings.modulation_cache_bytes // len(apart),
+            embedding_bytes=settings.embedding_cache_bytes // len(apart),
             texts=texts,
         )
-        for name, each in backends.items()
+        for name in apart
     }
+    caches |= dict.fromkeys(backends.keys() - caches.keys(), caches[""])
     return Engine(
         backend=backend,
         conditions=caches[""],
@@ -149,7 +152,11 @@ def worker_parts(
         factors=manifest.factors,
         kind=kind_of(manifest),
         unguided_scale=manifest.diffusion.unguided_scale,
-        further={name: each for name, each in backends.items() if name and DECODER in each.manifest.files},
+        further={
+            name: each
+            for name, each in backends.items()
+            if each.manifest is not manifest and DECODER in each.manifest.files
+        },
         previews=previews,
         encoder=backend,
         observe=EngineMetrics(engine, embeddings),

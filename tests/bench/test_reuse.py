@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditserve.bench import report, reuse
-from ditserve.bench.reuse import BlockChange, KeptFeatures, StepReuse, draw
+from ditserve.bench.reuse import caching, draw_reusing_guidance
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures
 from ditserve.model.spec.grids import even_grid
@@ -23,56 +23,36 @@ def model() -> LoadedModel:
     return tiny_source(replace(CONFIG, depth=4))
 
 
-def test_a_change_goes_on_along_the_line_through_the_last_two() -> None:
-    change = BlockChange()
-    change.keep(0, torch.tensor(1.0))
-    assert change.at(1) == 1.0
-    change.keep(2, torch.tensor(2.0))
-    assert change.at(3) == pytest.approx(2.5)
-    change.keep(4, torch.tensor(5.0))
-    assert change.at(6) == pytest.approx(8.0)
-
-
-def test_middle_blocks_add_what_they_changed(model: LoadedModel) -> None:
-    network = model.dit
-    features = KeptFeatures(network, (1, 3))
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    state = network.modulate(torch.full((2,), 500.0), network.embed(torch.zeros(2, 2, dtype=torch.int64)))
-    with torch.no_grad():
-        whole = network.backbone(x, state)
-        assert torch.equal(features.network.backbone(x, state), whole)
-        features.step, features.is_due = 1, False
-        # The same input: the change that is added is the one that would be computed.
-        assert torch.allclose(features.network.backbone(x, state), whole, atol=1e-5)
-        assert not torch.allclose(features.network.backbone(2 * x, state), network.backbone(2 * x, state))
-
-
 def test_without_reuse_pictures_are_those_of_the_ladder(model: LoadedModel) -> None:
     inputs = draw_inputs(model, 1, None)
-    point = OperatingPoint("dpmpp-2m", 4, even_grid(model.schedule), (0.0, 1.0))
-    plain, rows = draw(model, inputs, "dpmpp-2m", 4, StepReuse())
-    assert rows == point.rows(model.manifest) == 8.0
-    assert torch.allclose(plain, draw_pictures(model, inputs, point), atol=1e-5)
-    for kind, cost in (
-        (StepReuse(2), 6.0),
-        (StepReuse(2, (1, 3), 0.5), 6.0),
-        (StepReuse(3, (0, 3), 0.25), 5.0),
-    ):
-        pictures, rows = draw(model, inputs, "dpmpp-2m", 4, kind)
-        assert rows == cost
-        assert not torch.allclose(pictures, plain, atol=1e-5)
+    for interval, rows in (((0.0, 1.0), {1: 8, 2: 6, 3: 6}), ((0.2, 0.7), {1: 6, 2: 5, 3: 6})):
+        point = OperatingPoint("dpmpp-2m", 4, even_grid(model.schedule), interval)
+        plain = draw_pictures(model, inputs, point)
+        for every, count in rows.items():
+            pictures, counted = draw_reusing_guidance(model, inputs, point, every)
+            assert counted == count
+            assert torch.allclose(pictures, plain, atol=1e-5) == (count == rows[1])
+
+
+def test_block_caches_are_tried_whatever_networks_the_bundle_has(model: LoadedModel) -> None:
+    tried = caching(model)
+    assert list(tried.manifest.backbones) == ["every-2", "every-3"]
+    costs = [spec.row_cost for spec in tried.manifest.backbones.values()]
+    assert 0.2 < costs[1] < costs[0] < 1.2
 
 
 def test_the_command_says_what_the_ladder_would_keep(
     prompted_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(reuse, "STEPS", (3,))
+    monkeypatch.setattr(reuse, "REUSED_STEPS", (3,))
     monkeypatch.setattr(reuse, "PLAIN_STEPS", (3, 2))
     monkeypatch.setattr(reuse, "LONG_RUN", ("ddim", 4))
     monkeypatch.setattr(reuse, "_pass_seconds", lambda depth: 1.0 + depth)
     assert reuse.main([str(prompted_bundle), "--samples", "1"]) == 0
-    assert "unipc-1-3 blocks 0-2 every 2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "-3 every-2" in shown
+    assert "-3 guidance every 2" in shown
     record = json.loads((tmp_path / "reuse-prompted.json").read_text())
     assert len(record["measured"]) == 4 + 4
     assert set(record["kept"]) <= {rung["name"] for rung in record["measured"]}

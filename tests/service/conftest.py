@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ditserve.model.spec.block_cache import BlockCache
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
@@ -136,6 +137,30 @@ class FakeBackend:
         pass
 
 
+class FakeCachingBackend(FakeBackend):
+    """The arithmetic of `FakeBackend` in two parts, of which the first runs at every `every`-th step."""
+
+    def __init__(self, *, every: int = 2, **options: Any) -> None:
+        super().__init__(**options)
+        self.block_cache = BlockCache(blocks=1, every=every)
+        self.trunks: list[int] = []
+
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        return self.tail(x, state, self.trunk(x, state))
+
+    def trunk(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        assert self.buckets is None or len(x) in self.buckets
+        if len(x) > self.memory_rows:
+            raise OutOfMemory(f"{len(x)} rows")
+        self.trunks.append(len(x))
+        plain = FakeBackend.denoise(self, x, (state[0], np.zeros_like(state[1])))
+        return np.ascontiguousarray(np.moveaxis(plain, 1, -1))
+
+    def tail(self, x: Floats, state: tuple[Floats, ...], change: Floats) -> Floats:
+        rest = FakeBackend.denoise(self, x, (np.zeros_like(state[0]), state[1]))
+        return np.asarray(np.moveaxis(change, -1, 1) + rest, np.float32)
+
+
 class ScriptedPlanner(Planner):
     """A planner that makes the given moves, each once its sample is at or below a noise, in 999 parts."""
 
@@ -174,6 +199,11 @@ class Clock:
 @pytest.fixture(scope="session")
 def make_backend() -> Callable[..., FakeBackend]:
     return FakeBackend
+
+
+@pytest.fixture(scope="session")
+def make_caching_backend() -> Callable[..., FakeCachingBackend]:
+    return FakeCachingBackend
 
 
 @pytest.fixture(scope="session")

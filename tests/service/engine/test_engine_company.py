@@ -57,6 +57,8 @@ _rungs = st.builds(
             (Stretch(0.0, "student", guided=False),),
             (Stretch(0.6, "light"),),
             (Stretch(0.7, "student", guided=False), Stretch(0.3, "light")),
+            (Stretch(0.0, "every-2"),),
+            (Stretch(0.6, "light"), Stretch(0.1, "every-3")),
         ]
     ),
 )
@@ -103,11 +105,12 @@ def source(size: tuple[int, int], *, masked: bool) -> SourceLatent[Any]:
     return SourceLatent(random.standard_normal((3, *size), np.float32), mask if masked else None)
 
 
-def others(make_backend: Make, **options: Any) -> dict[str, tuple[Any, float]]:
-    return {
+def others(make_backend: Make, make_caching_backend: Make, **options: Any) -> dict[str, tuple[Any, float]]:
+    networks = {
         name: (make_backend(weights=seed, **options), 1.0)
         for seed, name in enumerate(("light", "student"), 2)
     }
+    return networks | {f"every-{k}": (make_caching_backend(every=k, **options), 1.0) for k in (2, 3)}
 
 
 def planned_rows(request: SampleRequest, engine: Engine) -> float:
@@ -159,6 +162,7 @@ def test_a_sample_equals_its_solo_run(
     modulation_bytes: int,
     memory_rows: int,
     make_backend: Make,
+    make_caching_backend: Make,
     make_engine: Make,
     make_request: Make,
 ) -> None:
@@ -169,7 +173,9 @@ def test_a_sample_equals_its_solo_run(
         max_rows=max_rows,
         strict=strict,
         modulation_bytes=modulation_bytes,
-        backbones=others(make_backend, buckets=buckets, memory_rows=memory_rows, size_multiple=2),
+        backbones=others(
+            make_backend, make_caching_backend, buckets=buckets, memory_rows=memory_rows, size_multiple=2
+        ),
     )
     reports = follow(engine, visits, make_request)
     made = {sample.id: sample.latent for report in reports for sample in report.finished}
@@ -179,7 +185,10 @@ def test_a_sample_equals_its_solo_run(
             assert visit.cancelled is not None
             continue
         request: SampleRequest = make_request(f"{k}/0", **asked(visit))
-        solo = make_engine(make_backend(size_multiple=2), backbones=others(make_backend, size_multiple=2))
+        solo = make_engine(
+            make_backend(size_multiple=2),
+            backbones=others(make_backend, make_caching_backend, size_multiple=2),
+        )
         solo.add(request)
         alone = [solo.step() for _ in range(request.rung.walked)]
         assert sum(report.rows for report in alone) == planned_rows(request, solo)
