@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from ditserve.export.block_cache import add_block_caches
 from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.ladder import LadderOptions
 from ditserve.export.onnx import ExportOptions, export_bundle
@@ -32,11 +33,13 @@ from ditserve.model.nets.small_autoencoder import (
     SmallAutoencoderConfig,
     save_small_autoencoder,
 )
-from ditserve.model.sampling.denoise import Denoiser, Guidance, denoise
+from ditserve.model.sampling.denoise import CachingDenoiser, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import combine_conditions
+from ditserve.model.spec.block_cache import BlockCache
+from ditserve.model.spec.bundle import write_manifest
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import noise_levels
-from ditserve.model.spec.manifest import LatentSpec
+from ditserve.model.spec.manifest import LatentSpec, RungSpec, StretchSpec
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.spec.source import SourceLatent
 from ditserve.model.train.load import load_model
@@ -80,7 +83,16 @@ def export_latent(folder: Path) -> Path:
     latents = LatentSpec(shift=(0.1, -0.2, 0.0, 0.3), scale=(1.0, 0.7, 1.2, 1.0), factor=2)
     diffusion = tiny_source(STILL).manifest.diffusion.model_copy(update={"clip_x0": False})
     described = {"decoder": "small", "latents": latents, "diffusion": diffusion}
-    return export(folder, LATENT, autoencoder, name="latent-clips", **described)
+    export(folder, LATENT, autoencoder, name="latent-clips", **described)
+    # All that a request may be degraded to are 6 steps with a block cache.
+    manifest = add_block_caches(folder, (2,))
+    defaults = manifest.defaults
+    rung = RungSpec(
+        name="cached", solver=defaults.solver, steps=6, grid=defaults.grid, rows=7.0, quality=0.5,
+        stretches=(StretchSpec(above=0.0, backbone="every-2"),),
+    )  # fmt: skip
+    write_manifest(folder, manifest.model_copy(update={"ladder": (rung,)}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +133,11 @@ def data_url(pixels: Pixels) -> str:
 
 
 @torch.no_grad()
-def expected(bundle: Path, first: Pixels | None = None) -> Pixels:
-    """Return the frames that torch draws offline, where the network is told `first` and it is put back."""
+def expected(bundle: Path, first: Pixels | None = None, cache: BlockCache | None = None) -> Pixels:
+    """Return the frames that torch draws offline, where the network is told `first` and it is put back.
+
+    With `cache` its first blocks run at some steps only.
+    """
     model = load_model(bundle)
     assert isinstance(model.network, DiT)
     autoencoder = open_decoder(model.manifest, autoencoder_folder(bundle, None))
@@ -135,6 +150,8 @@ def expected(bundle: Path, first: Pixels | None = None) -> Pixels:
         source = SourceLatent(clip, drawn)
         conditions = conditions.begun(model.network, clip[:, 0])
     denoiser = Denoiser(model.network, model.schedule, conditions, Guidance(3.0))
+    if cache is not None:
+        denoiser = CachingDenoiser(model.network, model.schedule, conditions, Guidance(3.0), cache)
     defaults = model.manifest.defaults
     levels = noise_levels(defaults.grid, 6, model.schedule)
     clips = model.manifest.diffusion.clip_x0
@@ -160,6 +177,25 @@ def test_a_clip_is_served_as_it_is_sampled_offline(
     with av.open(io.BytesIO(drawn(service, "video/mp4", fps=12)), "r") as container:
         video = container.streams.video[0]
         assert (len(list(container.decode(video))), video.average_rate) == (6, Fraction(12))
+
+
+@pytest.mark.parametrize("first", [None, FIRST], ids=["", "first-frame"])
+def test_a_clip_that_is_degraded_to_a_block_cache_is_the_one_drawn_offline(
+    first: Pixels | None, service: Service, bundles: dict[str, Path]
+) -> None:
+    # 1,000 steps of so many take longer.
+    body = {**BODY, "model": "latent-clips", "steps": 1000, "n": 16, "deadline_ms": 2000}
+    body |= {} if first is None else {"image": data_url(first)}
+    answer = service.client.post("/generate", json={**body, "format": "apng"})
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert (told["rung"], told["backbones"], told["degraded"]) == ("cached", ["every-2"], True)
+    assert told["steps_used"] == 6
+    frames, _ = frames_of(base64.b64decode(told["images"][0]["b64"]))
+    cache = BlockCache(blocks=1, every=2)
+    exact = expected(bundles["latent-clips"], first, cache)
+    assert np.abs(frames.astype(int) - exact).max() <= 1
+    assert (exact != expected(bundles["latent-clips"], first)).mean() > 0.01
 
 
 @pytest.mark.parametrize("model", ["clips", "latent-clips"])

@@ -46,6 +46,8 @@ class CachingPass(ForwardPass):
                 pool, slot = group.places[sample.id]
                 known = KnownChange(sample.cursor, pool.latent(slot), change)
                 sample.known_changes = [*sample.known_changes, known][-KEPT:]
+            if sample.trajectory.alike[sample.cursor] == 1:
+                sample.known_changes = []  # the next step is another network's, or of other rows
         return result
 
     def run_blank(self, x: Floats) -> None:
@@ -90,18 +92,23 @@ class CachingPass(ForwardPass):
         pool, slot = group.places[sample.id]
         assert isinstance(pool, LatentPool)  # with further backbones no rows live on the device
         cursor, latent = sample.cursor, pool.latent(slot)
-        for place, known in enumerate(sample.known_changes):
-            sample.cursor = known.step
-            pool.put(slot, known.latent)
-            layout = RowLayout.of([sample])
-            gathered, _ = self._gather(layout, group)
-            self._condition(layout, [sample])
-            parts = []
-            for first in range(0, layout.rows, cap := self._scheduler.cap(self._row_cost)):
-                part = slice(first, min(first + cap, layout.rows))
-                state = tuple(tensor[part] for tensor in self._state)
-                x = gathered.x[part]
-                parts.append(self._trunk(x, state, range(len(x)))[: len(x)])
-            sample.known_changes[place] = known._replace(change=np.concatenate(parts))
-        sample.cursor = cursor
-        pool.put(slot, latent)
+        try:
+            for place, known in enumerate(sample.known_changes):
+                sample.cursor = known.step
+                pool.put(slot, known.latent)
+                sample.known_changes[place] = known._replace(change=self._recalled(group, sample))
+        finally:
+            sample.cursor = cursor
+            pool.put(slot, latent)
+
+    def _recalled(self, group: Group, sample: Sample) -> Floats:
+        """Return the changes (rows, h, w, D) of the rows of one sample, at the step where it stands."""
+        layout = RowLayout.of([sample])
+        gathered, _ = self._gather(layout, group)
+        self._condition(layout, [sample])
+        cap, parts = self._scheduler.cap(self._row_cost), list[Floats]()
+        for first in range(0, layout.rows, cap):
+            part = slice(first, min(first + cap, layout.rows))
+            state, x = tuple(tensor[part] for tensor in self._state), gathered.x[part]
+            parts.append(self._trunk(x, state, range(len(x)))[: len(x)])
+        return np.concatenate(parts)

@@ -165,6 +165,38 @@ def test_a_move_to_another_rung_begins_a_new_cache(
     assert run(engine)["a/0"].degraded
 
 
+def test_a_resumed_sample_without_memory_for_a_row_stays_where_it_is(
+    engine_of: Any, make_caching_backend: Make, make_request: Make
+) -> None:
+    rung = Rung("cached", "ddim", 8, "trailing", (0.0, 1.0), 0.0, stretches=CACHED)
+    request = make_request(rung=rung)
+    first = engine_of()
+    first.add(request)
+    for _ in range(3):
+        first.step()
+    network = make_caching_backend(size_multiple=2, memory_rows=0)
+    second = engine_of(network)
+    second.add(request, first.export(request.id))
+    with pytest.raises(MemoryError):
+        second.step()
+    network.memory_rows = 8
+    np.testing.assert_array_equal(run(second)[request.id].latent, run(first)[request.id].latent)
+
+
+def test_a_snapshot_before_another_network_s_step_carries_no_cache(
+    engine_of: Any, make_request: Make
+) -> None:
+    stretches = (Stretch(0.5, "cached", 0.6),)
+    rung = Rung("cached", "ddim", 8, "trailing", (0.0, 1.0), 0.0, stretches=stretches)
+    engine = engine_of()
+    engine.add(make_request(rung=rung))
+    carried = []
+    for _ in range(7):
+        engine.step()
+        carried.append("cached" in engine.export("a/0").to_wire())
+    assert carried == [True] * 3 + [False] * 4
+
+
 def test_a_composed_sample_in_windows_equals_its_solo_run(engine_of: Any, make_request: Make) -> None:
     rung = Rung("cached", "ddim", 6, "trailing", (0.0, 1.0), 0.0, stretches=CACHED)
     terms = (ConditionTerm((0,), 2.0), ConditionTerm((1,), -0.5))

@@ -21,7 +21,7 @@ from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
-from tests.service.conftest import FakeBackend
+from tests.service.conftest import FakeBackend, FakeCachingBackend
 
 DELAY_S = 0.005
 BLUE = 2
@@ -40,9 +40,15 @@ class MortalBackend(FakeBackend):
         return super().embed(labels, text)
 
 
+class MortalCachingBackend(FakeCachingBackend):
+    def tail(self, x: Floats, state: tuple[Floats, ...], change: Floats) -> Floats:
+        time.sleep(DELAY_S)
+        return super().tail(x, state, change)
+
+
 def opened_now() -> dict[str, Backend]:
-    """Return a network, and a student of it that takes a quarter of the time."""
-    own, student = MortalBackend(), MortalBackend(weights=3)
+    """Return a network, a student of it that takes a quarter of the time, and itself with a block cache."""
+    own, student, caching = MortalBackend(), MortalBackend(weights=3), MortalCachingBackend(every=3)
     spec = BackboneSpec(
         config=student.manifest.config,
         embedding_size=student.manifest.embedding_size,
@@ -51,8 +57,10 @@ def opened_now() -> dict[str, Backend]:
         guidance="none",
         defaults=student.manifest.defaults,
     )
-    own.manifest = own.manifest.model_copy(update={"backbones": {"student": spec}})
-    return {"": own, "student": student}
+    cache = {"block_cache": caching.block_cache, "row_cost": 0.5, "guidance": "classifier-free"}
+    backbones = {"student": spec, "every-3": spec.model_copy(update=cache)}
+    own.manifest = own.manifest.model_copy(update={"backbones": backbones})
+    return {"": own, "student": student, "every-3": caching}
 
 
 async def opened(*_: object) -> dict[str, Backend]:

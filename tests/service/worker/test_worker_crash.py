@@ -133,19 +133,22 @@ async def test_a_worker_that_is_told_to_stop_hands_over(
         await queue.cancel(job.id)
 
 
+@pytest.mark.parametrize(
+    "stretch", [Stretch(0.5, "student", 0.25, False), Stretch(0.0, "every-3", 0.5)], ids=["student", "cache"]
+)
 async def test_the_next_worker_goes_on_across_backbones_to_the_same_image(
-    queue: Broker, listener: Listener, start: Start, make_job: MakeJob, wait_until: WaitUntil
+    stretch: Stretch,
+    queue: Broker,
+    listener: Listener,
+    start: Start,
+    make_job: MakeJob,
+    wait_until: WaitUntil,
 ) -> None:
-    """The student draws the noisy half: one worker leaves in it, and the other ends on the own network."""
-    rung = Rung(
-        "halves",
-        "dpmpp-2m",
-        400,
-        "leading",
-        (0.0, 1.0),
-        0.0,
-        stretches=(Stretch(0.5, "student", 0.25, False),),
-    )
+    """The student draws the noisy half: one worker leaves in it, and the other ends on the own network.
+
+    Or the own one has a block cache, in the midst of which the worker leaves.
+    """
+    rung = Rung("other", "dpmpp-2m", 400, "leading", (0.0, 1.0), 0.0, stretches=(stretch,))
     asked = {"solver": rung.solver, "steps": rung.steps, "grid": rung.grid, "requested": rung}
     fields = {"model": "fake", "seeds": (5,), "admitted": rung, **asked}
     whole, left, plain = make_job(**fields), make_job(**fields), make_job(**{**fields, "requested": None})
@@ -162,7 +165,8 @@ async def test_the_next_worker_goes_on_across_backbones_to_the_same_image(
     assert isinstance(continued, JobResult)
     assert isinstance(alone, JobResult)
     assert isinstance(own, JobResult)
-    assert (continued.attempt, continued.backbones, continued.steps_used) == (2, ("student",), rung.steps)
+    assert (continued.attempt, continued.backbones) == (2, (stretch.backbone,))
+    assert continued.steps_used == rung.steps
     assert continued.images[0].data == alone.images[0].data != own.images[0].data
 
 
