@@ -40,6 +40,8 @@ from ditserve.model.spec.sizes import Size
 OPSET = 20
 # The embedder's input for sentence embeddings.
 TEXT = "text"
+# The table of positions of a DiT, which is no weight.
+POSITIONS = "pos_embed"
 # A convolution with at most this many output channels is narrow.
 NARROW_CHANNELS = 4
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -190,7 +192,9 @@ def trunk_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.M
     inputs, sides = _backbone_inputs(network), graph_multiples(network.config) or ()
     module = _Trunk(network.with_symbolic_positions() if sides else network, blocks)
     spec = _GraphSpec(module, inputs, ("change",), len(inputs) - 1, sides, strict=False)
-    return _without_unused_inputs(_export(spec, bundle))
+    proto = _without_unused_inputs(_export(spec, bundle))
+    _factor_positions(proto.graph, network.config.grid_size)
+    return proto
 
 
 def tail_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.ModelProto:
@@ -203,6 +207,7 @@ def tail_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.Mo
     spec = _GraphSpec(module, inputs, ("output",), len(state), sides, patch=patch, strict=False)
     proto = _without_unused_inputs(_export(spec, bundle))
     _transpose_narrow_convolutions(proto.graph)
+    _factor_positions(proto.graph, config.grid_size)
     return proto
 
 
@@ -211,6 +216,46 @@ def _backbone_inputs(network: Network) -> dict[str, Tensor]:
     config = network.config
     inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
     return inputs | {name: torch.randn(2, *shape) for name, shape in config.state()}
+
+
+def _factor_positions(graph: onnx.GraphProto, grid: Sequence[int]) -> None:
+    """Replace a table of positions (T, D) by small ones, if each of its channels tells the place on one axis.
+
+    The runtime puts the table together when it opens the graph. A table of other channels stays.
+    """
+    table = next((each for each in graph.initializer if each.name == POSITIONS), None)
+    if table is None:
+        return
+    values = numpy_helper.to_array(table).reshape(*grid, -1)
+    lines = [
+        values[tuple(slice(None) if k == axis else slice(1) for k in range(len(grid)))]
+        for axis in range(len(grid))
+    ]
+    told = [(line == values).all(tuple(range(len(grid)))) for line in lines]  # (D,) for each axis
+    if not np.any(told, axis=0).all():
+        return
+    axes = np.argmax(told, axis=0)
+    starts = [0, *(np.flatnonzero(np.diff(axes)) + 1).tolist()]
+    names = [f"{POSITIONS}.{k}" for k in range(len(starts))]
+    nodes: list[onnx.NodeProto] = []
+    graph.initializer.remove(table)
+    for name, first, end in zip(names, starts, [*starts[1:], len(axes)], strict=True):
+        shape = np.array([*grid, end - first], np.int64)
+        line = np.ascontiguousarray(lines[axes[first]][..., first:end])
+        graph.initializer.extend([numpy_helper.from_array(line, name)])
+        graph.initializer.extend([numpy_helper.from_array(shape, f"{name}.shape")])
+        nodes.append(
+            onnx.helper.make_node("Expand", [name, f"{name}.shape"], [f"{name}.all"], f"{name}/Expand")
+        )
+    whole = np.array(values.reshape(-1, values.shape[-1]).shape, np.int64)
+    graph.initializer.extend([numpy_helper.from_array(whole, f"{POSITIONS}.shape")])
+    parts, joined = [f"{name}.all" for name in names], f"{POSITIONS}.all"
+    nodes.append(onnx.helper.make_node("Concat", parts, [joined], f"{POSITIONS}/Concat", axis=len(grid)))
+    reshape = [joined, f"{POSITIONS}.shape"], [POSITIONS], f"{POSITIONS}/Reshape"
+    nodes.append(onnx.helper.make_node("Reshape", *reshape))
+    body = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *body])
 
 
 def _without_unused_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:

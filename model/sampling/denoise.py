@@ -157,7 +157,10 @@ class CachingDenoiser(Denoiser):
 
 
 class BlockMemory:
-    """What the first blocks changed along a trajectory, by branch; empty where guidance begins or ends."""
+    """The changes that the first blocks made along a trajectory, by branch.
+
+    There are none where guidance begins or ends.
+    """
 
     def __init__(self) -> None:
         self.since, self._guided = -1, False

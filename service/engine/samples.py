@@ -111,9 +111,9 @@ def not_finite(step: int, steps: int) -> NumericalError:
 
 
 class KnownChange(NamedTuple):
-    """What the first blocks changed of the tokens at a step of the trajectory, of each row (rows, h, w, D).
+    """The change (rows, h, w, D) that the first blocks made of the tokens of each row, at a step.
 
-    `latent` (C, H, W) is what they read. Of a resumed sample the change itself is None until it is computed.
+    `latent` (C, H, W) is what they read. Of a resumed sample the change is None until it is computed again.
     """
 
     step: int

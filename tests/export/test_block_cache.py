@@ -7,7 +7,7 @@ import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,6 +17,8 @@ import torch
 from ditserve.export import block_cache
 from ditserve.export.block_cache import add_block_caches, main
 from ditserve.export.errors import ExportError
+from ditserve.export.graph import trunk_graph
+from ditserve.export.verify import open_session, run
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures
 from ditserve.model.evaluation.ladder_plan import stitched_points
@@ -30,6 +32,7 @@ from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Consent, Rung
+from tests.export.tiny import CONFIG, tiny_dit
 from tests.service.backends.drawing import drawn
 
 
@@ -38,7 +41,7 @@ def cached_bundle(
     request: pytest.FixtureRequest, tiny_bundle: Path, clip_bundle: Path, tmp_path_factory: Any
 ) -> Path:
     """Give a bundle with block caches: of pictures of one size, or of clips of any."""
-    folder = tmp_path_factory.mktemp("cached") / "bundle"
+    folder: Path = tmp_path_factory.mktemp("cached") / "bundle"
     shutil.copytree(tiny_bundle if request.param == "pictures" else clip_bundle, folder)
     add_block_caches(folder)
     return folder
@@ -149,6 +152,24 @@ def test_the_ladder_tries_whole_pictures_with_every_cache(cached_bundle: Path) -
     assert Ladder.from_manifest(manifest).rungs[0].stretches == ()
 
 
+@pytest.mark.parametrize("size", [(16, 24), (4, 8, 12)])
+def test_a_table_of_positions_is_stored_by_axis(size: tuple[int, ...], tmp_path: Path) -> None:
+    config = replace(CONFIG, image_size=size, patch_size=2, head_channels=0, layout_rank=4)
+    network = tiny_dit(config)
+    graph = trunk_graph(network, 1)
+    onnx.save(graph, tmp_path / "trunk.onnx")
+    stored = {
+        tensor.name: tensor.dims for tensor in graph.graph.initializer if tensor.name.startswith("pos_")
+    }
+    assert max(np.prod(dims) for dims in stored.values()) < network.pos_embed.numel() / 4
+    x = torch.randn(2, config.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    state = network.modulate(torch.full((2,), 500.0), network.embed(torch.zeros(2, 2, dtype=torch.int64)))
+    session = open_session(tmp_path / "trunk.onnx")
+    inputs = {"x": x.numpy(), **{n: t.numpy() for n, t in zip(network.state_names, state, strict=True)}}
+    change = run(session, {entry.name: inputs[entry.name] for entry in session.get_inputs()})["change"]
+    np.testing.assert_allclose(change, network.trunk(x, state, 1).numpy(), atol=2e-5)
+
+
 def test_a_user_s_mistakes_are_told(
     own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,8 +198,7 @@ def test_a_user_s_mistakes_are_told(
 
 def test_a_network_that_is_no_dit_has_no_blocks_to_cache(own_bundle: Path, monkeypatch: Any) -> None:
     loaded = load_bundle(Bundle.open(own_bundle))
-    monkeypatch.setattr(
-        block_cache, "load_bundle", lambda bundle: replace(loaded, network=torch.nn.Linear(1, 1))
-    )
+    other = replace(loaded, network=cast(Any, torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(block_cache, "load_bundle", lambda bundle: other)
     with pytest.raises(ExportError, match="is a U-Net"):
         add_block_caches(own_bundle)
