@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from ditserve.model.spec.manifest import RungSpec
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
+# Lines beyond the colours that there are have another marker.
+COLOURS, MARKERS = 10, "o^sD"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,9 @@ def draw_panels(
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axes_row, row in zip(axes, rows, strict=True):
         for axis, panel in zip(axes_row, row, strict=True):
-            for name, points in panel.lines.items():
-                axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+            for index, (name, points) in enumerate(panel.lines.items()):
+                marker = MARKERS[index // COLOURS % len(MARKERS)]
+                axis.plot([x for x, _ in points], [y for _, y in points], f"{marker}-", label=name)
             axis.set_title(panel.title, fontsize=9)
             axis.set_xlabel(x)
             if log:
