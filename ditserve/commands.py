@@ -36,6 +36,9 @@ COMMANDS = {
     "backbone": Command(
         "export.backbone", "add the network of another bundle to a bundle, for rungs of its ladder", "export"
     ),
+    "block-cache": Command(
+        "export.block_cache", "add networks whose first blocks run at some steps only to a bundle", "export"
+    ),
     "half": Command("export.half", "add a backbone in half precision to a bundle", "export"),
     "int8": Command("export.int8", "add an INT8 backbone to a bundle", "export"),
     "fp8": Command("export.fp8", "record what FP8 costs a bundle in quality", "export"),

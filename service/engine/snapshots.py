@@ -93,12 +93,11 @@ class Snapshot:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the fields as plain data, the arrays as bytes of little-endian float32."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        if self.cached is None:
-            del fields["cached_steps"]
-        arrays = {name: fields.pop(name) for name in _ARRAYS}
-        fields |= {name: array.astype("<f4").tobytes() for name, array in arrays.items() if array is not None}
-        return {**fields, "rung": asdict(self.rung), "shape": self.latent.shape}
+        absent = {name for name in _ARRAYS if getattr(self, name) is None}
+        absent |= {"cached_steps"} if self.cached is None else set()
+        fields = {name: getattr(self, name) for name in self.__slots__ if name not in absent}
+        arrays = {name: fields[name].astype("<f4").tobytes() for name in _ARRAYS if name in fields}
+        return {**fields, **arrays, "rung": asdict(self.rung), "shape": self.latent.shape}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Snapshot:
