@@ -23,7 +23,7 @@ from ditserve.commands import command_line
 from ditserve.export.decoder import copy_small_autoencoder
 from ditserve.export.errors import ExportError
 from ditserve.export.shared_weights import leave_out_shared
-from ditserve.export.verify import open_session, run
+from ditserve.export.verify import Arrays, open_session, run
 from ditserve.model.nets.autoencoder import AUTOENCODER
 from ditserve.model.spec.bundle import (
     AUTOENCODER_GRAPHS,
@@ -104,22 +104,28 @@ def relative_cost(bundle: Bundle, other: Bundle) -> float:
 
     Both take their fastest of `TURNS` passes of `ROWS` rows, on one core.
     """
-    passes = [_blank_pass(each) for each in (other, bundle)]
-    fastest = [inf, inf]
+    passes = [(open_session(each.file(BACKBONE)), blank_inputs(each.manifest)) for each in (other, bundle)]
+    theirs, own = fastest_seconds(passes)
+    return round(theirs / own, 4)
+
+
+def fastest_seconds(passes: Sequence[tuple[ort.InferenceSession, Arrays]]) -> list[float]:
+    """Return the seconds of the fastest of `TURNS` runs of each session with its inputs; they take turns."""
+    fastest = [inf] * len(passes)
     for _ in range(TURNS):
         for k, (session, inputs) in enumerate(passes):
             began = time.perf_counter()
             run(session, inputs)
             fastest[k] = min(fastest[k], time.perf_counter() - began)
-    return round(fastest[0] / fastest[1], 4)
+    return fastest
 
 
-def _blank_pass(bundle: Bundle) -> tuple[ort.InferenceSession, dict[str, np.ndarray]]:
-    config, random = bundle.manifest.config, np.random.default_rng(0)
+def blank_inputs(manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return `ROWS` rows of random inputs of a backbone, by name."""
+    config, random = manifest.config, np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"x": (config.in_channels, *config.image_size)}
-    shapes |= {tensor.name: tensor.shape for tensor in bundle.manifest.state}
-    inputs = {name: random.standard_normal((ROWS, *shape), np.float32) for name, shape in shapes.items()}
-    return open_session(bundle.file(BACKBONE)), inputs
+    shapes |= {tensor.name: tensor.shape for tensor in manifest.state}
+    return {name: random.standard_normal((ROWS, *shape), np.float32) for name, shape in shapes.items()}
 
 
 def _check_alike(own: Manifest, other: Manifest, source: Path) -> None:

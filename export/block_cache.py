@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from ditserve.commands import command_line
-from ditserve.export.backbone import ROWS, TURNS
+from ditserve.export.backbone import blank_inputs, fastest_seconds
 from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import tail_graph, trunk_graph
@@ -133,19 +130,12 @@ def _taken(session: ort.InferenceSession, inputs: Arrays) -> Arrays:
 
 
 def part_costs(manifest: Manifest, parts: Mapping[str, ort.InferenceSession]) -> PartCosts:
-    """Return the costs of both parts: the fastest of `TURNS` passes of `ROWS` rows, on one core, in turns."""
-    config, random = manifest.config, np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"x": (config.in_channels, *config.image_size)}
-    shapes |= {tensor.name: tensor.shape for tensor in manifest.state}
-    inputs = {name: random.standard_normal((ROWS, *shape), np.float32) for name, shape in shapes.items()}
+    """Return the costs of both parts, on one core."""
+    inputs = blank_inputs(manifest)
     inputs |= run(parts[TRUNK], _taken(parts[TRUNK], inputs))
-    fastest = dict.fromkeys(parts, inf)
-    for _ in range(TURNS):
-        for name, session in parts.items():
-            began = time.perf_counter()
-            run(session, _taken(session, inputs))
-            fastest[name] = min(fastest[name], time.perf_counter() - began)
-    return PartCosts(fastest[TRUNK] / fastest[BACKBONE], fastest[TAIL] / fastest[BACKBONE])
+    sessions = [parts[name] for name in (TRUNK, TAIL, BACKBONE)]
+    trunk, tail, whole = fastest_seconds([(session, _taken(session, inputs)) for session in sessions])
+    return PartCosts(trunk / whole, tail / whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from ditserve.export.errors import ExportError
+from ditserve.export.rewriting import (
+    drop_unused_inputs,
+    factor_positions,
+    replace_float64,
+    transpose_narrow_convolutions,
+)
 from ditserve.export.storage import put_tensors, share_weights, take_tensors
 from ditserve.export.translations import TRANSLATIONS
 from ditserve.model.nets.autoencoder import PictureAutoencoder, PictureDecoder
@@ -40,10 +44,6 @@ from ditserve.model.spec.sizes import Size
 OPSET = 20
 # The embedder's input for sentence embeddings.
 TEXT = "text"
-# The table of positions of a DiT, which is no weight.
-POSITIONS = "pos_embed"
-# A convolution with at most this many output channels is narrow.
-NARROW_CHANNELS = 4
 SCOPES = "pkg.torch.onnx.name_scopes"
 # The names of the free sides, of which pictures have the last two; frames may be those of depth.
 SIDES = ("frames", "rows", "columns")
@@ -180,7 +180,7 @@ def backbone_graph(network: Network, bundle: Path | None = None) -> onnx.ModelPr
     spec = _GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=isinstance(network, UNet))
     proto = _export(spec, bundle)
     if next(network.parameters()).dtype == torch.float32:
-        _transpose_narrow_convolutions(proto.graph)
+        transpose_narrow_convolutions(proto.graph)
     return proto
 
 
@@ -192,8 +192,8 @@ def trunk_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.M
     inputs, sides = _backbone_inputs(network), graph_multiples(network.config) or ()
     module = _Trunk(network.with_symbolic_positions() if sides else network, blocks)
     spec = _GraphSpec(module, inputs, ("change",), len(inputs) - 1, sides, strict=False)
-    proto = _without_unused_inputs(_export(spec, bundle))
-    _factor_positions(proto.graph, network.config.grid_size)
+    proto = drop_unused_inputs(_export(spec, bundle))
+    factor_positions(proto.graph, network.config.grid_size)
     return proto
 
 
@@ -205,9 +205,9 @@ def tail_graph(network: DiT, blocks: int, bundle: Path | None = None) -> onnx.Mo
     module = _Tail(network.with_symbolic_positions() if sides else network, blocks)
     patch = config.patch if sides else ()
     spec = _GraphSpec(module, inputs, ("output",), len(state), sides, patch=patch, strict=False)
-    proto = _without_unused_inputs(_export(spec, bundle))
-    _transpose_narrow_convolutions(proto.graph)
-    _factor_positions(proto.graph, config.grid_size)
+    proto = drop_unused_inputs(_export(spec, bundle))
+    transpose_narrow_convolutions(proto.graph)
+    factor_positions(proto.graph, config.grid_size)
     return proto
 
 
@@ -216,53 +216,6 @@ def _backbone_inputs(network: Network) -> dict[str, Tensor]:
     config = network.config
     inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
     return inputs | {name: torch.randn(2, *shape) for name, shape in config.state()}
-
-
-def _factor_positions(graph: onnx.GraphProto, grid: Sequence[int]) -> None:
-    """Replace a table of positions (T, D) by small ones, if each of its channels tells the place on one axis.
-
-    The runtime puts the table together when it opens the graph. A table of other channels stays.
-    """
-    table = next((each for each in graph.initializer if each.name == POSITIONS), None)
-    if table is None:
-        return
-    values = numpy_helper.to_array(table).reshape(*grid, -1)
-    lines = [
-        values[tuple(slice(None) if k == axis else slice(1) for k in range(len(grid)))]
-        for axis in range(len(grid))
-    ]
-    told = [(line == values).all(tuple(range(len(grid)))) for line in lines]  # (D,) for each axis
-    if not np.any(told, axis=0).all():
-        return
-    axes = np.argmax(told, axis=0)
-    starts = [0, *(np.flatnonzero(np.diff(axes)) + 1).tolist()]
-    names = [f"{POSITIONS}.{k}" for k in range(len(starts))]
-    nodes: list[onnx.NodeProto] = []
-    graph.initializer.remove(table)
-    for name, first, end in zip(names, starts, [*starts[1:], len(axes)], strict=True):
-        shape = np.array([*grid, end - first], np.int64)
-        line = np.ascontiguousarray(lines[axes[first]][..., first:end])
-        graph.initializer.extend([numpy_helper.from_array(line, name)])
-        graph.initializer.extend([numpy_helper.from_array(shape, f"{name}.shape")])
-        nodes.append(
-            onnx.helper.make_node("Expand", [name, f"{name}.shape"], [f"{name}.all"], f"{name}/Expand")
-        )
-    whole = np.array(values.reshape(-1, values.shape[-1]).shape, np.int64)
-    graph.initializer.extend([numpy_helper.from_array(whole, f"{POSITIONS}.shape")])
-    parts, joined = [f"{name}.all" for name in names], f"{POSITIONS}.all"
-    nodes.append(onnx.helper.make_node("Concat", parts, [joined], f"{POSITIONS}/Concat", axis=len(grid)))
-    reshape = [joined, f"{POSITIONS}.shape"], [POSITIONS], f"{POSITIONS}/Reshape"
-    nodes.append(onnx.helper.make_node("Reshape", *reshape))
-    body = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *body])
-
-
-def _without_unused_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
-    used = {name for node in proto.graph.node for name in node.input}
-    for value in [value for value in proto.graph.input if value.name not in used]:
-        proto.graph.input.remove(value)
-    return proto
 
 
 def decoder_graph(autoencoder: PictureDecoder, channels: int) -> onnx.ModelProto:
@@ -336,7 +289,7 @@ def _shapes(spec: _GraphSpec) -> tuple[Any, ...]:
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Name nodes and values after their scope, weights as in the model; drop documentation and metadata."""
     graph = proto.graph
-    _replace_float64(graph)
+    replace_float64(graph)
     names = {
         value.name: value.name.removeprefix(INPUT).removeprefix(OUTPUT)
         for value in (*graph.input, *graph.output)
@@ -367,49 +320,6 @@ def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _weight_name(name: str) -> str:
     """Return the model's name of a weight, from the exporter's."""
     return name.removeprefix(NETWORK) if name.startswith(NETWORK) else f"constant/{name}"
-
-
-def _replace_float64(graph: onnx.GraphProto) -> None:
-    """Replace float64, in which positions are computed, by float32: TensorRT has no float64.
-
-    It changes an angle by 1e-6.
-    """
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.DOUBLE:
-            single = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(single, tensor.name))
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.DOUBLE:
-                attribute.i = TensorProto.FLOAT
-
-
-def _transpose_narrow_convolutions(graph: onnx.GraphProto) -> None:
-    """Replace narrow convolutions that keep the size by transposed ones with flipped kernels: the same sums.
-
-    A CPU's convolution fills whole vectors with output channels. With three channels most of a vector is
-    wasted, and it takes 4 times as long.
-    """
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
-        if weight is None or weight.dims[0] > NARROW_CHANNELS or not _keeps_size(node, weight.dims[2:]):
-            continue
-        values = numpy_helper.to_array(weight)
-        flipped = np.flip(values, tuple(range(2, values.ndim))).swapaxes(0, 1)
-        weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(flipped), weight.name))
-        node.op_type = "ConvTranspose"
-
-
-def _keeps_size(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
-    """Return True for an odd kernel with half of it as padding, and no stride, dilation or groups."""
-    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
-    plain = {"group": 1, "strides": [1] * len(kernel), "dilations": [1] * len(kernel)}
-    return (
-        all(side % 2 for side in kernel)
-        and attributes.get("pads") == [side // 2 for side in kernel] * 2
-        and all(attributes.get(name, value) == value for name, value in plain.items())
-    )
 
 
 def _scope(node: onnx.NodeProto) -> str:

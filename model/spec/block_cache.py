@@ -7,13 +7,12 @@ two times that it was (Δ-DiT, Chen et al., arXiv:2406.01125; TaylorSeer, Liu et
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, cast
 
 from pydantic import Field
 
+from ditserve.model.spec.diffusion import Array
 from ditserve.model.spec.diffusion_spec import StrictModel
-
-Array = TypeVar("Array", bound=Any)
 
 
 class BlockCache(StrictModel):

@@ -27,18 +27,16 @@ KEPT = 2
 class CachingPass(ForwardPass):
     """The forward pass of a `CachingBackend`."""
 
-    _owners: Sequence[tuple[Sample, int]] = ()
     _row_cost = 1.0
     _computed: dict[tuple[str, int], Floats]
 
     def run(self, group: Group, samples: Sequence[Sample]) -> tuple[list[Prediction], int]:
-        self._row_cost = group.row_cost
+        self._row_cost, self._computed = group.row_cost, {}
         for sample in samples:
             if not sample.since:
                 sample.known_changes = []
             elif any(known.change is None for known in sample.known_changes):
                 self._recall(group, sample)
-        self._owners, self._computed = RowLayout.of(samples).owners(), {}
         result = super().run(group, samples)
         for sample in samples:
             if (sample.id, 0) in self._computed:
@@ -50,17 +48,13 @@ class CachingPass(ForwardPass):
                 sample.known_changes = []  # the next step is another network's, or of other rows
         return result
 
-    def run_blank(self, x: Floats) -> None:
-        self._owners = ()
-        super().run_blank(x)
-
     def _compute(self, x: Floats, state: tuple[StateArray, ...], first: int) -> Floats:
         backend = cast(CachingBackend, self._backend)
-        owners = self._owners[first : first + len(x)]
-        if not owners:
+        if self._layout is None:
             # As many rows are due as are in the mean, and one at least.
             changes = self._trunk(x, state, range(0, len(x), backend.block_cache.every))
             return backend.tail(x, state, np.resize(changes, (len(x), *changes.shape[1:])))
+        owners = self._layout.owners()[first : first + len(x)]
         due = [k for k, (sample, _) in enumerate(owners) if self._is_due(sample)]
         if due:
             for k, change in zip(due, self._trunk(x, state, due), strict=False):

@@ -89,6 +89,7 @@ class ForwardPass:
         self._backend, self.conditions, self._scheduler = backend, conditions, scheduler
         self._rows, self._state = rows, self._buffers(rows)
         self._uses: list[RowUses] = []  # the adapters of each row; the rows beyond have none
+        self._layout: RowLayout | None = None  # of the rows that are run; None: they are blank
         config = backend.manifest.config
         self._channels, self._axes = config.in_channels, 1 + len(config.image_size)
         # A learned variance is not guided.
@@ -108,7 +109,7 @@ class ForwardPass:
         Raises:
             MemoryError: not even the smallest batch fits.
         """
-        layout = RowLayout.of(samples)
+        layout = self._layout = RowLayout.of(samples)
         latents, own_latents = self._gather(layout, group)
         self._condition(layout, samples)
         self._uses = layout.adapters() if any(sample.request.adapters for sample in samples) else []
@@ -118,7 +119,7 @@ class ForwardPass:
     def run_blank(self, x: Floats) -> None:
         """Run the network on latents (B, C, H, W) with any condition state, to time it."""
         self.network_s = self.waited_s = 0.0
-        self._uses = []
+        self._uses, self._layout = [], None
         self._network(x, slice(0, len(x)))
 
     def _buffers(self, rows: int) -> tuple[StateArray, ...]:

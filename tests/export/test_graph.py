@@ -17,10 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.decoder import check_decoder, write_decoder
 from ditserve.export.errors import ExportError
-from ditserve.export.graph import SIDES, _transpose_narrow_convolutions, backbone_graph
+from ditserve.export.graph import SIDES, backbone_graph
 from ditserve.export.graph_files import write_graphs
 from ditserve.export.half import half_network
 from ditserve.export.parity import expected_outputs, verify_graphs
+from ditserve.export.rewriting import transpose_narrow_convolutions
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
 from ditserve.model.nets.autoencoder import autoencoder_folder, fingerprint, open_decoder
@@ -171,7 +172,7 @@ def test_only_convolutions_that_keep_the_size_are_turned(attributes: dict[str, A
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     x = random.standard_normal((2, 8, 9, 7)).astype(np.float32)
     (before,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
-    _transpose_narrow_convolutions(model.graph)
+    transpose_narrow_convolutions(model.graph)
     assert (model.graph.node[0].op_type == "ConvTranspose") is turned
     (after,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
